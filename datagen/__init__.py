@@ -1,0 +1,1 @@
+"""Generate: the synthetic corpus, hybrid-sampled from a model. Imports `recovery` only."""

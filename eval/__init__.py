@@ -1,0 +1,1 @@
+"""Evaluate and report: benchmark scores, KL to the reference, accuracy recovery. Imports `recovery` only."""

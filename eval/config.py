@@ -1,0 +1,122 @@
+"""Recipe section and stage jobs of evaluation.
+
+Nothing here imports torch or lm_eval, so that a typo in a recipe is reported within a second.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+
+from recovery.config import ArtifactInput, Config, Dtype, Job, LooseInput, ModelInput
+
+MMLU = ("mmlu_philosophy", "mmlu_management", "mmlu_astronomy")
+PAPER = ("hellaswag", *MMLU, "arc_challenge", "winogrande", "piqa", "openbookqa", "boolq")
+SUITES: dict[str, tuple[str, ...]] = {
+    "paper": PAPER,
+    # Small models stand well above chance on these two, where the paper's seven say nothing about them.
+    "extended": (*PAPER, "arc_easy", "sciq"),
+}
+KNOWN = SUITES["extended"]
+
+
+class Evaluate(Config):
+    """Recipe section `evaluate`: what the reference, the degraded and the recovered model are scored on."""
+
+    suite: Literal["paper", "extended"] = "paper"
+    """paper: the nine tasks of section 5.2; extended: ARC-Easy and SciQ too."""
+    tasks: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Tasks by name, in place of a suite."""
+    limit: PositiveInt | None = None
+    """Items of each task, a seeded sample; all of them unless given."""
+    data_dir: str | None = None
+    """Folder with the benchmark data; the model hub's datasets unless given."""
+    batch_tokens: PositiveInt | None = None
+    """Most tokens of one scoring batch, a context counted once for each of its choices. Unless given, 512 on a CPU,
+    where padding costs more than small batches do, and 16384 elsewhere."""
+    bootstrap: PositiveInt = 10000
+    """Bootstrap draws behind the intervals of AR%."""
+    contexts: NonNegativeInt = 32
+    """Benchmark contexts on which the distribution shift is measured; 0 for none."""
+    context_tokens: PositiveInt = Field(default=128, ge=2)
+    """Each context is cut to this many tokens."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _known(cls, tasks: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        unknown = [name for name in tasks or () if name not in KNOWN]
+        if unknown:
+            raise ValueError(f"unknown task {', '.join(unknown)}; known: {', '.join(KNOWN)}")
+        if tasks is not None and len(set(tasks)) != len(tasks):
+            raise ValueError("a task is listed twice")
+        return tasks
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        return self.tasks if self.tasks is not None else SUITES[self.suite]
+
+
+class BenchmarkData(LooseInput):
+    """A local folder of benchmark data. Its digest is of the files that the tasks at hand read."""
+
+
+class Divergence(Config):
+    """What a model's next-token distribution is compared with, and on which text."""
+
+    reference: ModelInput
+    corpus: ArtifactInput
+    """Its held-out split."""
+    contexts: ArtifactInput | None = None
+
+
+class ContextsJob(Job):
+    stage: ClassVar[str] = "contexts"
+    schema_version: ClassVar[int] = 1
+    seed: int
+    tokenizer: ModelInput
+    tasks: tuple[str, ...]
+    count: PositiveInt
+    context_tokens: PositiveInt
+    data: BenchmarkData | None = None
+    """None: the hub's datasets."""
+
+
+class EvaluateJob(Job):
+    stage: ClassVar[str] = "evaluate"
+    schema_version: ClassVar[int] = 1
+    seed: int
+    dtype: Dtype
+    model: ModelInput
+    adapter: ArtifactInput | None = None
+    """A PEFT adapter on top of the model."""
+    tasks: tuple[str, ...]
+    limit: PositiveInt | None = None
+    batch_tokens: PositiveInt | None = None
+    data: BenchmarkData | None = None
+    """None: the hub's datasets."""
+    divergence: Divergence | None = None
+    """None for the reference itself, whose scores then serve every recipe that uses it."""
+
+
+class Scores(Config):
+    """The three models' finished evaluations."""
+
+    reference: ArtifactInput
+    degraded: ArtifactInput
+    recovered: ArtifactInput
+
+
+class ReportJob(Job):
+    stage: ClassVar[str] = "report"
+    schema_version: ClassVar[int] = 1
+    name: str
+    seed: int
+    bootstrap: PositiveInt
+    tasks: tuple[str, ...]
+    corpus: ArtifactInput
+    adapter: ArtifactInput
+    scores: Scores
+    contexts: ArtifactInput | None = None
+    degrade: ArtifactInput | None = None
+    """None when the recipe was given a degraded model."""

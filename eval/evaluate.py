@@ -1,0 +1,140 @@
+"""Evaluate: benchmark scores of one model with lm-eval's tasks, and its divergence from the reference.
+
+    python -m eval.evaluate JOB
+
+Writes `items/<task>.json` (every item's outcome, as soon as the task is done), `scores.json` and, for a model that is
+not the reference, `divergence.json`. A restart goes on with the tasks that are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from eval.config import MMLU, Divergence, EvaluateJob
+from eval.tasks import Items, load_items
+from recovery.artifacts import Workspace
+from recovery.corpus import check_ids, read_split
+from recovery.files import read_json, write_json
+from recovery.stage import run_stage
+
+log = logging.getLogger("recover-lora")
+
+CPU_BATCH_TOKENS = 512
+DEVICE_BATCH_TOKENS = 16384
+MEASURE_TOKENS = 2048
+"""Tokens of one forward pass when the divergence is measured."""
+
+Item = dict[str, Any]
+"""One line of evidence: doc_id (row in the split), doc_hash, acc and acc_norm (0 or 1; null where undefined)."""
+
+
+def score_items(items: Items, model: Any, tokenizer: Any, batch_tokens: int) -> list[Item]:
+    """Every item's outcome: lm-eval's requests and metrics, our batching."""
+    from lm_eval.utils import handle_non_serializable, hash_string
+
+    from eval.scoring import ChoiceScorer
+
+    task = items.task
+    name = str(task.config.task)
+    requests = [
+        task.construct_requests(doc=document, ctx=items.prompt(position), metadata=(name, position, 1))
+        for position, document in enumerate(items.documents)
+    ]
+    scorer = ChoiceScorer(model, tokenizer, batch_tokens, name)
+    answers = iter(scorer.loglikelihood([request for group in requests for request in group]))
+    records: list[Item] = []
+    for doc_id, document, group in zip(items.doc_ids, items.documents, requests, strict=True):
+        metrics = task.process_results(document, [next(answers) for _ in group])
+        text = json.dumps(document, indent=2, default=handle_non_serializable, ensure_ascii=False)
+        norm = metrics.get("acc_norm")
+        records.append(
+            {
+                "doc_id": doc_id,
+                "doc_hash": hash_string(text),
+                "acc": int(metrics["acc"]),
+                "acc_norm": None if norm is None else int(norm),
+            }
+        )
+    return records
+
+
+def summarize(items: dict[str, list[Item]]) -> dict[str, Any]:
+    """{task: {acc, acc_stderr, acc_norm, n}} as fractions, and `average`: the mean over benchmarks, MMLU counted once
+    as the mean of its subsets (section 5.2 of the paper)."""
+    scores: dict[str, Any] = {}
+    for name, records in items.items():
+        acc = np.array([record["acc"] for record in records], dtype=float)
+        norm = [record["acc_norm"] for record in records]
+        scores[name] = {
+            "acc": float(acc.mean()),
+            "acc_stderr": float(acc.std(ddof=1) / np.sqrt(len(acc))) if len(acc) > 1 else None,
+            "acc_norm": None if None in norm else float(np.mean(norm)),
+            "n": len(acc),
+        }
+    benchmarks = [scores[name]["acc"] for name in scores if name not in MMLU]
+    if subsets := [scores[name]["acc"] for name in scores if name in MMLU]:
+        benchmarks.append(float(np.mean(subsets)))
+    return {**scores, "average": float(np.mean(benchmarks))}
+
+
+def measure_divergence(job: EvaluateJob, divergence: Divergence, model: Any) -> dict[str, Any]:
+    """KL to the reference, top-1 agreement and perplexity on held-out synthetic text and on benchmark contexts.
+
+    Raises UserError when the vocabularies differ.
+    """
+    from recovery.measure import measure
+    from recovery.models import load_model
+    from recovery.vocabulary import load_vocabulary, used_width
+
+    given = divergence.reference
+    width = used_width(
+        load_vocabulary(given.path, given.revision), load_vocabulary(job.model.path, job.model.revision)
+    )
+    reference = load_model(given, job.dtype)
+    results: dict[str, Any] = {"held_out": None, "contexts": None}
+    for name, text in (("held_out", divergence.corpus), ("contexts", divergence.contexts)):
+        if text is None:
+            continue
+        tokens = read_split(text.path, "held_out")
+        check_ids(tokens, width, str(text.path))
+        results[name] = asdict(measure(model, reference, tokens, width, MEASURE_TOKENS, f"KL on {name}"))
+        log.info("%s: KL %.4f, top-1 agreement %.1f%%", name, results[name]["kl"], 100 * results[name]["top1"])
+    return results
+
+
+def produce(job: EvaluateJob, workspace: Workspace) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
+    from recovery.adapters import load_adapter
+    from recovery.models import device, load_model
+
+    # Whatever the data lack is told before a model is loaded.
+    data_dir = job.data.path if job.data is not None else None
+    chosen = {name: load_items(name, job.seed, job.limit, data_dir) for name in job.tasks}
+    model = load_model(job.model, job.dtype)
+    if job.adapter is not None:
+        model = load_adapter(model, job.adapter.path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(job.model.path, revision=job.model.revision)
+    batch_tokens = job.batch_tokens or (CPU_BATCH_TOKENS if device().type == "cpu" else DEVICE_BATCH_TOKENS)
+    folder = workspace.path / "items"
+    folder.mkdir(exist_ok=True)
+    for name, items in chosen.items():
+        if not (folder / f"{name}.json").exists():
+            write_json(folder / f"{name}.json", score_items(items, model, tokenizer, batch_tokens))
+            workspace.tick()
+    scores = summarize({name: read_json(folder / f"{name}.json") for name in job.tasks})
+    write_json(workspace.path / "scores.json", scores)
+    log.info("average accuracy %.1f%% over %d tasks", 100 * scores["average"], len(job.tasks))
+    if job.divergence is not None and not (workspace.path / "divergence.json").exists():
+        write_json(workspace.path / "divergence.json", measure_divergence(job, job.divergence, model))
+        workspace.tick()
+    return {"splits": {name: items.split for name, items in chosen.items()}, "batch_tokens": batch_tokens}
+
+
+if __name__ == "__main__":
+    run_stage(EvaluateJob, produce, resumable=True, description=__doc__ or "")

@@ -1,0 +1,148 @@
+"""The front door.
+
+recover-lora run launch/recipes/smollm2-135m/demo.yaml
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.cluster import load_cluster
+from launch.pipeline import dry_run, is_finished, link, missing_inputs, run_stage_process
+from launch.recipe import Recipe, load_recipe
+from launch.resolve import build_stages, check_models, resolve_names
+from recovery.errors import EXIT_DONE, EXIT_FAILED, UserError
+from recovery.files import HashMemory
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Give a damaged language model its accuracy back: LoRA adapters, synthetic data, logit distillation.",
+)
+
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="Recipe file, e.g. launch/recipes/smollm2-135m/demo.yaml")
+]
+ClusterName = Annotated[
+    str, typer.Option("--cluster", metavar="FILE", help="Cluster file, or the name of a shipped one.")
+]
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override a field of the recipe; repeatable."),
+]
+RunsDir = Annotated[Path, typer.Option("--runs-dir", metavar="DIR", help="Where runs and artifacts lie.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print every command and job; start and write nothing.")
+]
+
+
+def execute(
+    recipe_file: Path, cluster_name: str, overrides: list[str], runs_dir: Path, dry: bool, only: str | None
+) -> int:
+    """Run a recipe's stages (all, or those of one command). Returns the exit code."""
+    cluster = load_cluster(cluster_name)
+    recipe = load_recipe(recipe_file, overrides)
+    memory = HashMemory(None if dry else runs_dir / ".hashes.json")
+
+    names = resolve_names(recipe, memory)
+    stages = build_stages(recipe, names, cluster, runs_dir)
+    wanted = [stage for stage in stages if only in (None, stage.command)]
+    if not wanted:
+        raise UserError(
+            str(recipe_file), f"it has no stage {only}", "its degraded model is given; run the next stage"
+        )
+    run_folder = runs_dir / recipe.name
+    if dry:
+        check_models(recipe, names)
+        print(dry_run(wanted, run_folder, cluster))
+        return EXIT_DONE
+    todo = [stage for stage in wanted if not is_finished(stage, memory)]
+    if only is not None and (absent := [label for stage in todo for label in missing_inputs(stage, stages)]):
+        raise UserError(
+            only, f"needs {', '.join(dict.fromkeys(absent))}, not finished", "run these first, or `run`"
+        )
+    if todo:
+        check_models(recipe, names)
+        from launch.tracking import start_run
+        from recovery.stage import set_up_logging
+
+        set_up_logging("run", run_folder / "logs" / "run.log")
+        tracking = start_run(recipe, runs_dir)
+        stages = [stage.tracked_by(tracking) for stage in stages]
+    for stage in stages:
+        if only not in (None, stage.command):
+            continue
+        if stage.label in {other.label for other in todo}:
+            code = run_stage_process(stage, run_folder, cluster)
+            if code != EXIT_DONE:
+                return code if code > 0 else EXIT_FAILED
+        else:
+            print(f"[{stage.label}] reused {stage.job.runtime.output}", file=sys.stderr)
+        link(stage, run_folder)
+    memory.save()
+    if only in (None, "report"):
+        print_result(recipe, runs_dir)
+    return EXIT_DONE
+
+
+def print_result(recipe: Recipe, runs_dir: Path) -> None:
+    """The table, and where everything lies."""
+    from eval.table import terminal_table
+    from launch.tracking import store_uri
+
+    run_folder = runs_dir / recipe.name
+    summary = json.loads((run_folder / "report" / "summary.json").read_text())
+    print(terminal_table(summary))
+    print(f"\nadapter  {run_folder / 'adapter'}   (PeftModel.from_pretrained(degraded, this folder))")
+    print(f"report   {run_folder / 'report' / 'report.md'}")
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        print("MLflow   the server of MLFLOW_TRACKING_URI")
+    else:
+        uri = store_uri(runs_dir)
+        print(f"MLflow   {uri}\n         open it: mlflow ui --backend-store-uri {uri}")
+
+
+def _command(name: str, help_text: str, only: str | None) -> None:
+    def command(
+        recipe: RecipeFile,
+        cluster: ClusterName = "local",
+        overrides: Overrides = [],  # noqa: B006 - typer reads the default, nothing changes it
+        runs_dir: RunsDir = Path("runs"),
+        dry_run: DryRun = False,
+    ) -> None:
+        raise typer.Exit(execute(recipe, cluster, overrides, runs_dir, dry_run, only))
+
+    example = f"\n\nExample: recover-lora {name} launch/recipes/smollm2-135m/demo.yaml --set seed=1"
+    app.command(name, help=help_text + example)(command)
+
+
+_command("run", "All stages in order; finished ones are reused, an interrupted one goes on.", None)
+_command("degrade", "Damage the reference as the recipe says (for studies).", "degrade")
+_command("generate", "Sample the synthetic corpus from the reference.", "generate")
+_command("train", "Train the adapters by logit distillation.", "train")
+_command("evaluate", "Score reference, degraded and recovered model.", "evaluate")
+_command("report", "Tables, plots and summary.json.", "report")
+
+
+def main() -> None:
+    """Entry of the console script: the project's exit codes, one clear line for a user's mistake."""
+    from recovery.stage import exit_code_of
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        app()
+    except (Exception, KeyboardInterrupt) as error:
+        sys.exit(exit_code_of(error))
+
+
+if __name__ == "__main__":
+    main()

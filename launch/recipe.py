@@ -1,0 +1,137 @@
+"""Recipes: one YAML describes one experiment. Loaded, overridden with --set, and checked whole. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from datagen.config import Generate
+from eval.config import Evaluate
+from recovery.config import Adapter, Config, GaussianNoise, Models, OnlineTeacher, Train
+from recovery.errors import UserError, UserErrors
+
+ConfigType = TypeVar("ConfigType", bound=Config)
+
+
+class TrackingSection(Config):
+    experiment: str = "recover-lora"
+    """MLflow experiment."""
+
+
+class Recipe(Config):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the run's folder."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    models: Models
+    degrade: GaussianNoise | None = None
+    """Damage made by this program, for studies; left out when models.degraded is given."""
+    generate: Generate = Generate()
+    adapter: Adapter = Adapter()
+    teacher: OnlineTeacher = OnlineTeacher()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="after")
+    def _one_damage(self) -> Recipe:
+        if (self.degrade is None) == (self.models.degraded is None):
+            raise ValueError(
+                "give exactly one of models.degraded (a model of yours) and degrade (damage made here)"
+            )
+        return self
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in `path` with `section.field=value` overrides. Raises UserErrors with every fault, one line each."""
+    return load_config(Recipe, path, overrides)
+
+
+def load_config(kind: type[ConfigType], path: Path, overrides: Sequence[str] = ()) -> ConfigType:
+    content = read_yaml(path)
+    for override in overrides:
+        apply_override(content, override)
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise UserErrors([_user_error(kind, path, fault) for fault in error.errors()]) from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(), Loader=_UniqueKeys)
+    except OSError as error:
+        raise UserError(
+            str(path), error.strerror or "not readable", "give the path of a YAML file"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(str(path), f"not YAML ({' '.join(str(error).split())})", "mend the file") from error
+    if not isinstance(content, dict):
+        raise UserError(
+            str(path), f"a {type(content).__name__}, not a mapping of sections", "see launch/recipes/"
+        )
+    return content
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """The safe loader, refusing a key given twice (YAML would silently take the last)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {twice[0]!r} is given twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Set one field of the mapping: `train.epochs=2`; the value is read as YAML."""
+    dotted, sign, text = override.partition("=")
+    *sections, field = dotted.strip().split(".")
+    if not sign or not field or not all(sections):
+        raise UserError(
+            f"--set {override}", "not of the form section.field=value", "write e.g. --set train.epochs=2"
+        )
+    place: Any = content
+    for section in sections:
+        place = place.setdefault(section, {})
+        if not isinstance(place, dict):
+            raise UserError(f"--set {override}", f"{section} is not a section", "name a field of a section")
+    try:
+        place[field] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}", "its value is not YAML", "quote it") from error
+
+
+def _user_error(kind: type[BaseModel], path: Path, fault: Any) -> UserError:
+    where = ".".join(str(part) for part in fault["loc"]) or str(path)
+    found = fault["input"]
+    shown = repr(found) if not isinstance(found, dict) else "a section"
+    if fault["type"] == "extra_forbidden":
+        known = _fields_at(kind, fault["loc"][:-1])
+        close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return UserError(where, "unknown field", f"{hint}known here: {', '.join(known)}")
+    if fault["type"] == "missing":
+        return UserError(where, "missing", "give it")
+    message = fault["msg"].removeprefix("Value error, ")
+    return UserError(where, f"found {shown}", message[0].lower() + message[1:])
+
+
+def _fields_at(kind: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    current: Any = kind
+    for part in location:
+        field = current.model_fields.get(part)
+        if field is None:
+            return []
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        current = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if current is None:
+            return []
+    return sorted(current.model_fields)

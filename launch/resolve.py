@@ -1,0 +1,238 @@
+"""From a recipe to the typed job of every stage, with everything checked that can be checked before work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from datagen.config import GenerateJob
+from eval.config import BenchmarkData, ContextsJob, Divergence, EvaluateJob, ReportJob, Scores
+from eval.tasks import benchmark_data
+from launch.cluster import Cluster, compute_dtype
+from launch.models import resolve_model
+from launch.recipe import Recipe
+from recovery.config import ArtifactInput, DegradeJob, Job, ModelInput, Runtime, Tracking, TrainJob
+from recovery.deepspeed_config import read_deepspeed
+from recovery.errors import UserError, UserErrors
+from recovery.files import HashMemory
+from recovery.placement import check_rank, patterns_of, select, skeleton
+from recovery.vocabulary import Vocabulary, load_vocabulary, used_width
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One job of a run. command: what `recover-lora <command>` starts it; label: names its job and log files."""
+
+    label: str
+    command: str
+    module: str
+    job: Job
+    links: tuple[str, ...]
+    """Names of the links in the run's folder."""
+    distributed: bool = False
+
+    def tracked_by(self, tracking: Tracking | None) -> Stage:
+        runtime = self.job.runtime.model_copy(update={"tracking": tracking})
+        return replace(self, job=self.job.model_copy(update={"runtime": runtime}))
+
+
+class _Faults:
+    """Collects the user's mistakes, so that one message tells them all."""
+
+    def __init__(self) -> None:
+        self.errors: list[UserError] = []
+
+    def attempt(self, action: Callable[[], Result]) -> Result | None:
+        try:
+            return action()
+        except UserErrors as error:
+            self.errors.extend(error.errors)
+        except UserError as error:
+            self.errors.append(error)
+        return None
+
+    def stop_if_any(self) -> None:
+        if self.errors:
+            raise UserErrors(self.errors)
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the recipe's names turned out to be."""
+
+    reference: ModelInput
+    generator: ModelInput
+    degraded: ModelInput | None
+    deepspeed: dict[str, Any]
+    data: BenchmarkData | None
+
+
+def resolve_names(recipe: Recipe, memory: HashMemory) -> Names:
+    """Find every model, file and folder that the recipe names. Raises UserErrors with all that is wrong."""
+    faults = _Faults()
+    models = recipe.models
+    reference = faults.attempt(
+        lambda: resolve_model(models.reference, models.revision, "models.reference", memory)
+    )
+    generator, degraded = reference, None
+    if (own := recipe.generate.model) is not None:
+        generator = faults.attempt(lambda: resolve_model(own, None, "generate.model", memory))
+    if (given := models.degraded) is not None:
+        degraded = faults.attempt(lambda: resolve_model(given, None, "models.degraded", memory))
+    deepspeed = faults.attempt(lambda: read_deepspeed(recipe.train.deepspeed))
+    data = None
+    if (folder := recipe.evaluate.data_dir) is not None:
+        data = faults.attempt(lambda: benchmark_data(Path(folder), recipe.evaluate.task_names, memory))
+    faults.stop_if_any()
+    assert reference is not None
+    assert generator is not None
+    assert deepspeed is not None
+    return Names(reference, generator, degraded, deepspeed, data)
+
+
+def check_models(recipe: Recipe, names: Names) -> None:
+    """Check vocabularies, and the modules that the recipe names, without reading any weights. Raises UserErrors.
+
+    Apart from `build_stages`, since it imports transformers: where all is finished, nobody waits for that.
+    """
+    faults = _Faults()
+    vocabularies: dict[str, Vocabulary] = {}
+
+    def vocabulary(model: ModelInput) -> Vocabulary:
+        if model.digest not in vocabularies:
+            vocabularies[model.digest] = load_vocabulary(model.path, model.revision)
+        return vocabularies[model.digest]
+
+    if names.degraded is not None:
+        degraded = names.degraded
+        faults.attempt(lambda: used_width(vocabulary(names.reference), vocabulary(degraded)))
+    if names.generator != names.reference:
+        faults.attempt(
+            lambda: used_width(vocabulary(names.reference), vocabulary(names.generator), "generate.model")
+        )
+    student = names.degraded or names.reference
+    model = faults.attempt(lambda: skeleton(student.path, student.revision))
+    if model is not None:
+        patterns = patterns_of(recipe.adapter.placement)
+        faults.attempt(
+            lambda: check_rank(model, select(model, patterns, "adapter.placement"), recipe.adapter.rank)
+        )
+        if (damage := recipe.degrade) is not None:
+            faults.attempt(lambda: select(model, damage.modules, "degrade.modules"))
+    faults.stop_if_any()
+
+
+class Builder:
+    """Builds jobs whose outputs lie in one artifact folder."""
+
+    def __init__(self, recipe: Recipe, runs_dir: Path) -> None:
+        self._artifacts = runs_dir.resolve() / "artifacts"
+        self._logs = runs_dir.resolve() / recipe.name / "logs"
+
+    def job(self, kind: type[Any], label: str, **fields: Any) -> Any:
+        """A job with the output folder that its identity names."""
+        unplaced = kind(runtime=Runtime(output=Path("unplaced")), **fields)
+        runtime = Runtime(output=self._artifacts / unplaced.artifact_name, log=self._logs / f"{label}.log")
+        return unplaced.model_copy(update={"runtime": runtime})
+
+
+def artifact_of(job: Job) -> ArtifactInput:
+    return ArtifactInput(path=job.runtime.output, digest=job.identity)
+
+
+def build_stages(recipe: Recipe, names: Names, cluster: Cluster, runs_dir: Path) -> list[Stage]:
+    """The stages of a run in their order; their jobs need nothing but the recipe and what it names."""
+    dtype = compute_dtype(recipe.models.dtype, cluster)
+    build = Builder(recipe, runs_dir)
+    evaluate, seed = recipe.evaluate, recipe.seed
+    stages: list[Stage] = []
+
+    degrade: DegradeJob | None = None
+    degraded = names.degraded
+    if recipe.degrade is not None:
+        degrade = build.job(
+            DegradeJob, "degrade", seed=seed, reference=names.reference, damage=recipe.degrade
+        )
+        assert degrade is not None
+        degraded = ModelInput(path=str(degrade.runtime.output), digest=degrade.identity)
+        stages.append(Stage("degrade", "degrade", "recovery.degrade", degrade, ("degraded",)))
+    assert degraded is not None
+
+    generate: GenerateJob = build.job(
+        GenerateJob, "generate", seed=seed, dtype=dtype, model=names.generator, generate=recipe.generate
+    )
+    stages.append(Stage("generate", "generate", "datagen.generate", generate, ("corpus",)))
+
+    contexts: ContextsJob | None = None
+    if evaluate.contexts:
+        contexts = build.job(
+            ContextsJob,
+            "contexts",
+            seed=seed,
+            tokenizer=names.reference,
+            tasks=evaluate.task_names,
+            count=evaluate.contexts,
+            context_tokens=evaluate.context_tokens,
+            data=names.data,
+        )
+        assert contexts is not None
+        stages.append(Stage("contexts", "generate", "eval.contexts", contexts, ("contexts",)))
+    contexts_input = artifact_of(contexts) if contexts is not None else None
+
+    train: TrainJob = build.job(
+        TrainJob,
+        "train",
+        seed=seed,
+        dtype=dtype,
+        reference=names.reference,
+        degraded=degraded,
+        corpus=artifact_of(generate),
+        contexts=contexts_input,
+        adapter=recipe.adapter,
+        teacher=recipe.teacher,
+        train=recipe.train,
+        deepspeed=names.deepspeed,
+    )
+    stages.append(Stage("train", "train", "recovery.train", train, ("adapter",), distributed=True))
+
+    divergence = Divergence(reference=names.reference, corpus=artifact_of(generate), contexts=contexts_input)
+    scores: dict[str, EvaluateJob] = {}
+    for who, model, adapter in (
+        ("reference", names.reference, None),
+        ("degraded", degraded, None),
+        ("recovered", degraded, artifact_of(train)),
+    ):
+        scores[who] = build.job(
+            EvaluateJob,
+            f"evaluate-{who}",
+            seed=seed,
+            dtype=dtype,
+            model=model,
+            adapter=adapter,
+            tasks=evaluate.task_names,
+            limit=evaluate.limit,
+            batch_tokens=evaluate.batch_tokens,
+            data=names.data,
+            divergence=None if who == "reference" else divergence,
+        )
+        stages.append(Stage(f"evaluate-{who}", "evaluate", "eval.evaluate", scores[who], (f"scores/{who}",)))
+
+    report = build.job(
+        ReportJob,
+        "report",
+        name=recipe.name,
+        seed=seed,
+        bootstrap=evaluate.bootstrap,
+        tasks=evaluate.task_names,
+        corpus=artifact_of(generate),
+        adapter=artifact_of(train),
+        scores=Scores(**{who: artifact_of(job) for who, job in scores.items()}),
+        contexts=contexts_input,
+        degrade=artifact_of(degrade) if degrade is not None else None,
+    )
+    stages.append(Stage("report", "report", "eval.report", report, ("report",)))
+    return stages

@@ -1,0 +1,63 @@
+"""The MLflow run of a recipe: made once, remembered in the run's folder, gone on with after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+
+from launch.recipe import Recipe
+from recovery.config import Tracking
+from recovery.files import read_json, write_json
+from recovery.tracking import mlflow_client
+
+log = logging.getLogger("recover-lora")
+
+
+def store_uri(runs_dir: Path) -> str:
+    """MLFLOW_TRACKING_URI, or one SQLite file beside the runs."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs_dir.resolve() / 'mlflow.db'}"
+
+
+def start_run(recipe: Recipe, runs_dir: Path) -> Tracking | None:
+    """The run to log to, or None (with a warning) when the store does not answer."""
+    uri = store_uri(runs_dir)
+    note = runs_dir / recipe.name / "tracking.json"
+    store = hashlib.sha256(uri.encode()).hexdigest()[:16]
+    written = None if os.environ.get("MLFLOW_TRACKING_URI") else uri
+    try:
+        client = mlflow_client(uri)
+        if note.exists():
+            known = read_json(note)
+            if known["store"] == store:
+                client.get_run(known["run_id"])
+                return Tracking(uri=written, experiment=recipe.tracking.experiment, run_id=known["run_id"])
+        experiment = client.get_experiment_by_name(recipe.tracking.experiment)
+        location = str(runs_dir.resolve() / "mlartifacts") if written else None
+        identifier = (
+            experiment.experiment_id
+            if experiment
+            else client.create_experiment(recipe.tracking.experiment, artifact_location=location)
+        )
+        run = client.create_run(identifier, run_name=recipe.name)
+        params = {f"{section}.{key}": value for section, key, value in _flat(recipe)}
+        for key, value in params.items():
+            client.log_param(run.info.run_id, key, value)
+    except Exception as error:  # noqa: BLE001 - whatever a tracking server does, the run goes on
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        log.warning("MLflow does not answer (%s); metrics stay in the artifacts' metrics.jsonl", first)
+        return None
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write_json(note, {"store": store, "run_id": run.info.run_id})
+    return Tracking(uri=written, experiment=recipe.tracking.experiment, run_id=run.info.run_id)
+
+
+def _flat(recipe: Recipe) -> list[tuple[str, str, str]]:
+    content = recipe.model_dump(mode="json")
+    rows = [("recipe", "name", str(content.pop("name"))), ("recipe", "seed", str(content.pop("seed")))]
+    for section, fields in content.items():
+        for key, value in (fields or {}).items():
+            rows.append((section, key, (value if isinstance(value, str) else json.dumps(value))[:500]))
+    return rows

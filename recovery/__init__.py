@@ -1,0 +1,4 @@
+"""The core: damage, adapters, loss, teacher signal and training, and what every stage shares.
+
+`recovery` imports neither `datagen`, `eval` nor `launch`.
+"""

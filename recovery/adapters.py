@@ -1,0 +1,74 @@
+"""LoRA adapters in PEFT's own format: made, saved, loaded. alpha equals rank, so that B A is applied at scale 1."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recovery.config import Adapter
+from recovery.errors import UserError
+from recovery.files import read_json, write_atomic
+from recovery.placement import check_rank, patterns_of, select
+
+
+def add_adapter(model: Any, adapter: Adapter, seed: int) -> Any:
+    """A PeftModel around `model`, with float32 or model-dtype A and B; only they require a gradient.
+
+    A is Kaiming-uniform by PEFT's default, drawn from `seed`; B is zero, so the adapted model starts as the degraded.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    names = select(model, patterns_of(adapter.placement), "adapter.placement")
+    check_rank(model, names, adapter.rank)
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.effective_alpha,
+        target_modules=names,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapted: Any = get_peft_model(model, config, autocast_adapter_dtype=False)
+    # The same short patterns in the file as in the recipe: 60 full names would say no more and load no better.
+    adapted.peft_config["default"].target_modules = set(patterns_of(adapter.placement))
+    return adapted
+
+
+def adapter_parameters(model: Any) -> dict[str, nn.Parameter]:
+    """The trainable parameters by name, in the model's order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_adapter(model: Any, folder: Path, weights: dict[str, Tensor], base: str) -> None:
+    """Write `adapter_model.safetensors` and `adapter_config.json`, as PEFT, vLLM and the hub read them.
+
+    weights: whole tensors by parameter name (under ZeRO the module's own may be partitioned). base: recorded as
+    base_model_name_or_path.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(folder, state_dict=weights, safe_serialization=True)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card template
+    path = folder / "adapter_config.json"
+    config = read_json(path)
+    # A set has no order of its own: sorted, equal adapters have equal files.
+    config["target_modules"] = sorted(config["target_modules"])
+    write_atomic(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """`model` with the adapter in `folder`, for inference. Raises UserError when there is none."""
+    from peft import PeftModel
+
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(
+            str(folder), "no adapter_model.safetensors in it", "give the folder of a trained adapter"
+        )
+    adapted: Any = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
+    return adapted.eval().requires_grad_(False)

@@ -1,0 +1,210 @@
+"""Artifacts: a finished stage's folder, whole or not at all, with its evidence in `manifest.json`.
+
+A stage works in a hidden sibling `.<stage>-<hash>.partial/`, which survives a kill so that long stages go on where
+they stopped, and which is renamed to `<stage>-<hash>/` when everything in it has been hashed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from recovery.config import Job
+from recovery.errors import DamagedArtifact, UserError
+from recovery.files import HashMemory, read_json, sync_folder, write_json
+
+MANIFEST = "manifest.json"
+MANIFEST_SCHEMA = 1
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "deepspeed",
+    "datasets",
+    "lm_eval",
+    "mlflow",
+    "pyarrow",
+    "safetensors",
+    "numpy",
+)
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def package_versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_state() -> dict[str, Any]:
+    """Revision and whether tracked files differ from it; recorded, never part of an identity."""
+
+    def git(*arguments: str) -> str:
+        result = subprocess.run(
+            ["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, check=True
+        )
+        return result.stdout.strip()
+
+    try:
+        diff = git("diff", "HEAD")
+        state: dict[str, Any] = {"revision": git("rev-parse", "HEAD"), "dirty": bool(diff)}
+        if diff:
+            state["diff_sha256"] = hashlib.sha256(diff.encode()).hexdigest()
+        return state
+    except (OSError, subprocess.CalledProcessError):
+        return {"revision": None, "dirty": None}
+
+
+def content_digest(files: dict[str, dict[str, Any]]) -> str:
+    """One hash for all payload files of a manifest."""
+    listing = {name: entry["sha256"] for name, entry in files.items()}
+    return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(str(folder), "no manifest.json in it", "give the folder of a finished artifact")
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("manifest_schema") != MANIFEST_SCHEMA:
+        raise DamagedArtifact(str(path), "not a manifest of this version", f"remove {folder} to make it anew")
+    return manifest
+
+
+def verify(folder: Path, memory: HashMemory | None = None) -> dict[str, Any]:
+    """The manifest of a finished artifact whose files were checked against it. Raises DamagedArtifact."""
+    manifest = read_manifest(folder)
+    memory = memory or HashMemory(None)
+    remedy = f"remove {folder} and run the same command to make it anew"
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise DamagedArtifact(str(path), "the file is missing", remedy)
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise DamagedArtifact(str(path), f"{size} bytes, the manifest says {entry['bytes']}", remedy)
+        if memory.sha256(path) != entry["sha256"]:
+            raise DamagedArtifact(str(path), "its hash differs from the manifest's", remedy)
+    return manifest
+
+
+class Workspace:
+    """The folder in which a stage builds its artifact.
+
+    with Workspace(job) as workspace: ... files into workspace.path ...; workspace.finish(details)
+
+    resumable: keep what was built when the stage fails, for the same command to go on with; a stage that cannot go
+    on (it is short) leaves nothing. Raises UserError when another process builds the same artifact.
+    """
+
+    def __init__(self, job: Job, *, resumable: bool) -> None:
+        self.job = job
+        self.final = job.runtime.output
+        self.path = self.final.with_name(f".{self.final.name}.partial")
+        self.resumable = resumable
+        self._lock: IO[str] | None = None
+        self._started = now()
+        self._clock = time.monotonic()
+        self._earlier = 0.0
+
+    def __enter__(self) -> Workspace:
+        self.final.parent.mkdir(parents=True, exist_ok=True)
+        lock_path = self.final.with_name(f".{self.final.name}.lock")
+        self._lock = lock_path.open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                str(self.final), "another process is building it", "wait for that one to end"
+            ) from error
+        if self.path.exists() and not self.resumable:
+            shutil.rmtree(self.path)
+        self.path.mkdir(exist_ok=True)
+        elapsed = self.path / ".elapsed.json"
+        if elapsed.exists():
+            earlier = read_json(elapsed)
+            self._earlier, self._started = float(earlier["seconds"]), str(earlier["started"])
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and self.path.exists() and not (self.resumable and any(self.path.iterdir())):
+            shutil.rmtree(self.path)
+        if self._lock is not None:
+            self.final.with_name(f".{self.final.name}.lock").unlink(missing_ok=True)
+            self._lock.close()
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on this artifact, in earlier processes too as far as they told."""
+        return self._earlier + time.monotonic() - self._clock
+
+    def tick(self) -> None:
+        """Remember the time spent so far; called whenever a piece of work has been kept."""
+        write_json(self.path / ".elapsed.json", {"seconds": self.seconds, "started": self._started})
+
+    def finish(self, details: dict[str, Any]) -> Path:
+        """Hash the files, write the manifest and give the artifact its name. details: the stage's own record."""
+        memory = HashMemory(None)
+        files = {
+            str(path.relative_to(self.path)): {"sha256": memory.sha256(path), "bytes": path.stat().st_size}
+            for path in sorted(self.path.rglob("*"))
+            if path.is_file() and path != self.path / MANIFEST and not _hidden(path, self.path)
+        }
+        inputs = {}
+        for name, given in self.job.inputs().items():
+            inputs[name] = {"path": str(given.path), "digest": given.digest}
+            manifest_path = Path(given.path) / MANIFEST
+            if manifest_path.is_file():
+                inputs[name]["content"] = content_digest(read_manifest(manifest_path.parent)["files"])
+        write_json(
+            self.path / MANIFEST,
+            {
+                "manifest_schema": MANIFEST_SCHEMA,
+                "stage": self.job.stage,
+                "schema_version": self.job.schema_version,
+                "identity": self.job.identity,
+                "job": self.job.model_dump(mode="json", exclude={"runtime"}),
+                "inputs": inputs,
+                "files": files,
+                "content": content_digest(files),
+                "details": details,
+                "versions": package_versions(),
+                "git": git_state(),
+                "started": self._started,
+                "finished": now(),
+                "seconds": round(self.seconds, 3),
+            },
+        )
+        if self.final.exists():
+            raise UserError(str(self.final), "it exists already", "remove it to make it anew")
+        os.rename(self.path, self.final)
+        sync_folder(self.final.parent)
+        for path in self.final.glob(".*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return self.final
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    """Working files (checkpoints, elapsed time): not payload, dropped only once the artifact has its name."""
+    return any(part.startswith(".") for part in path.relative_to(root).parts)

@@ -1,0 +1,260 @@
+"""Recipe sections and stage jobs of the core, and the base classes that every config module uses.
+
+Nothing here imports torch, so that a typo in a recipe is reported within a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from recovery.errors import UserError
+
+
+class Config(BaseModel):
+    """Frozen, strict about its keys; fields are documented by the string beneath them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+Dtype = Literal["bfloat16", "float32"]
+
+# ---- recipe sections -------------------------------------------------------------------------------------
+
+
+class Models(Config):
+    reference: str
+    """Folder or hub id of the full-precision reference (safetensors)."""
+    degraded: str | None = None
+    """Folder or hub id of the degraded model; left out when the recipe makes its own damage (`degrade`)."""
+    revision: str | None = None
+    """Hub revision of the reference; a branch is resolved to its commit."""
+    dtype: Dtype | Literal["auto"] = "auto"
+    """Compute type of generation, training and scoring; auto is bfloat16 where the device multiplies it natively,
+    else float32."""
+
+
+class GaussianNoise(Config):
+    """The paper's damage (section 4.1): seeded Gaussian noise on the weights of chosen `nn.Linear` modules."""
+
+    kind: Literal["gaussian_noise"] = "gaussian_noise"
+    modules: tuple[str, ...] = Field(default=("k_proj", "v_proj"), min_length=1)
+    """Last parts of the names of the modules that are damaged."""
+    relative_std: PositiveFloat | None = None
+    """Standard deviation of the noise, in units of each weight matrix's own standard deviation."""
+    target_l2: PositiveFloat | None = None
+    """L2 norm of the change of the first K projection (Table 1 of the paper); every other matrix gets noise of
+    the same standard deviation."""
+
+    @model_validator(mode="after")
+    def _one_strength(self) -> GaussianNoise:
+        if (self.relative_std is None) == (self.target_l2 is None):
+            raise ValueError("give exactly one of relative_std and target_l2")
+        return self
+
+
+Placement = Literal["kv", "attention", "attention_mlp"]
+
+
+class Adapter(Config):
+    placement: Placement | tuple[str, ...] = "kv"
+    """Where the adapters sit: kv, attention, attention_mlp, or a list of last parts of module names."""
+    rank: PositiveInt = 64
+    alpha: PositiveInt | None = None
+    """LoRA alpha; equal to the rank unless given, so that B A is applied at scale 1."""
+    init: Literal["zero"] = "zero"
+    """zero: A random, B zero, the adapted model starts as the degraded one."""
+
+    @property
+    def effective_alpha(self) -> int:
+        return self.alpha if self.alpha is not None else self.rank
+
+
+class OnlineTeacher(Config):
+    """The reference's forward runs beside the student's; no logits are kept."""
+
+    kind: Literal["online"] = "online"
+
+
+class Train(Config):
+    learning_rate: PositiveFloat = 5e-4
+    epochs: PositiveInt = 3
+    warmup_steps: NonNegativeInt = 80
+    """Linear warm-up, then linear decay to zero at the last step."""
+    batch_tokens: PositiveInt = 65536
+    """Most tokens of one optimizer step over all ranks; the paper's 32 samples of 2048 tokens."""
+    micro_batch_tokens: PositiveInt = 2048
+    """Most tokens, padding counted, of one forward pass on one device."""
+    max_grad_norm: PositiveFloat = 1.0
+    weight_decay: NonNegativeFloat = 0.0
+    evaluate_every: PositiveInt = 50
+    """Steps between two measurements on held-out text."""
+    checkpoint_every: PositiveInt = 50
+    """Steps between two checkpoints; after a kill at most this many steps are done again."""
+    activation_checkpointing: bool = False
+    """Trade a second forward pass for activation memory."""
+    deepspeed: str = "zero1"
+    """A file of ds_configs/ (without .json) or a path to a DeepSpeed JSON: ZeRO stage and communication only."""
+
+
+# ---- jobs ------------------------------------------------------------------------------------------------
+
+
+class ModelInput(Config):
+    """A model that a stage reads. Its identity is its digest, wherever it lies."""
+
+    path: str
+    """Local folder, or hub id."""
+    revision: str | None = None
+    """Commit, for a hub id."""
+    digest: str
+    """Hash of the folder's files, or `hub:<id>@<commit>`, or the artifact's identity."""
+
+
+class ArtifactInput(Config):
+    """A finished artifact that a stage reads. Its identity is the hash in its name."""
+
+    path: Path
+    digest: str
+
+
+class LooseInput(ArtifactInput):
+    """A folder from outside, without a manifest; its digest is of the files that the stage reads."""
+
+
+class Tracking(Config):
+    uri: str | None = None
+    """None: MLFLOW_TRACKING_URI of the environment, which may hold a password and is never written down."""
+    experiment: str
+    run_id: str
+
+
+class Runtime(Config):
+    """Where and with what a job runs: never part of its identity."""
+
+    output: Path
+    """The finished artifact's folder."""
+    log: Path | None = None
+    tracking: Tracking | None = None
+
+
+class Job(Config):
+    """Everything a stage reads. `identity` names the artifact: (stage, schema version, settings, inputs)."""
+
+    stage: ClassVar[str]
+    schema_version: ClassVar[int]
+    runtime: Runtime
+
+    @property
+    def identity(self) -> str:
+        settings = {
+            name: _identity_of(getattr(self, name)) for name in type(self).model_fields if name != "runtime"
+        }
+        payload = {"stage": self.stage, "schema_version": self.schema_version, "job": settings}
+        return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def artifact_name(self) -> str:
+        return f"{self.stage}-{self.identity}"
+
+    def inputs(self) -> dict[str, ModelInput | ArtifactInput]:
+        """The inputs by field name (nested ones by dotted path)."""
+        return _inputs_of(self, "")
+
+    def to_json(self) -> str:
+        payload = {
+            "stage": self.stage,
+            "schema_version": self.schema_version,
+            "job": self.model_dump(mode="json"),
+        }
+        return json.dumps(payload, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_file(cls, path: Path) -> Any:
+        """The job in `path`, of this class. Raises UserError for another stage's job or another schema."""
+        try:
+            payload = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                str(path), f"not a readable job file ({error})", "write it with --dry-run"
+            ) from error
+        if not isinstance(payload, dict) or payload.get("stage") != cls.stage:
+            found = payload.get("stage") if isinstance(payload, dict) else type(payload).__name__
+            raise UserError(str(path), f"a job of stage {found!r}", f"give a job of stage {cls.stage!r}")
+        if payload.get("schema_version") != cls.schema_version:
+            raise UserError(
+                str(path),
+                f"schema version {payload.get('schema_version')}, this code has {cls.schema_version}",
+                "write the job anew from its recipe",
+            )
+        try:
+            return cls.model_validate(payload.get("job"))
+        except ValueError as error:
+            raise UserError(str(path), str(error), "write the job anew from its recipe") from error
+
+
+def _identity_of(value: object) -> object:
+    if isinstance(value, (ModelInput, ArtifactInput)):
+        return value.digest
+    if isinstance(value, BaseModel):
+        return {name: _identity_of(getattr(value, name)) for name in type(value).model_fields}
+    if isinstance(value, (tuple, list)):
+        return [_identity_of(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _identity_of(item) for key, item in value.items()}
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def _inputs_of(value: object, prefix: str) -> dict[str, ModelInput | ArtifactInput]:
+    found: dict[str, ModelInput | ArtifactInput] = {}
+    if isinstance(value, (ModelInput, ArtifactInput)):
+        return {prefix: value}
+    if isinstance(value, BaseModel):
+        items = [(name, getattr(value, name)) for name in type(value).model_fields]
+    elif isinstance(value, dict):
+        items = list(value.items())
+    else:
+        return found
+    for name, item in items:
+        found.update(_inputs_of(item, f"{prefix}.{name}" if prefix else str(name)))
+    return found
+
+
+class DegradeJob(Job):
+    stage: ClassVar[str] = "degrade"
+    schema_version: ClassVar[int] = 1
+    seed: int
+    reference: ModelInput
+    damage: Annotated[GaussianNoise, Field()]
+
+
+class TrainJob(Job):
+    stage: ClassVar[str] = "train"
+    schema_version: ClassVar[int] = 1
+    seed: int
+    dtype: Dtype
+    reference: ModelInput
+    degraded: ModelInput
+    corpus: ArtifactInput
+    contexts: ArtifactInput | None = None
+    """Benchmark contexts: held-out KL is measured on them too, nothing is learned from them."""
+    adapter: Adapter
+    teacher: OnlineTeacher
+    train: Train
+    deepspeed: dict[str, Any]
+    """The DeepSpeed JSON, as read from ds_configs/."""

@@ -1,0 +1,164 @@
+"""The DeepSpeed engine around the student: ZeRO on any number of processes, one included.
+
+What is kept of it between processes is free of any layout: whole float32 master weights and Adam moments by
+parameter name, so that no pickle is read back and a run may go on under another ZeRO stage or world size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recovery.adapters import adapter_parameters
+from recovery.batches import Batch
+from recovery.config import TrainJob
+from recovery.deepspeed_config import complete
+from recovery.loss import forward_kl
+from recovery.models import Head, causal_lm, final_hidden, head_of
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def start_distributed() -> tuple[int, int]:
+    """Join the process group that the launcher described in the environment (or one of a single process).
+
+    Returns (rank, world size).
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    import deepspeed
+
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not torch.distributed.is_initialized() and ranks == 1:
+        # No launcher: a group of one needs no port, and no shared-memory op (a minute of g++ at first use).
+        torch.distributed.init_process_group(
+            backend, store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+        os.environ.setdefault("LOCAL_RANK", "0")
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(backend, verbose=False)
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+class Student(nn.Module):
+    """The adapted model as the engine runs it: a batch and the teacher's states in, a sum of KL out."""
+
+    def __init__(self, adapted: Any, width: int) -> None:
+        super().__init__()
+        self.adapted = adapted
+        self.width = width
+
+    def forward(self, batch: Batch, reference_NG: Tensor, reference_head: Head) -> Tensor:
+        """Sum over loss positions of KL(reference || student), nats, float32 scalar."""
+        hidden_NH = final_hidden(self.adapted, batch.ids_BT)[batch.mask_BT]
+        with self.whole_head() as head:
+            total, _ = forward_kl(hidden_NH, head, reference_NG, reference_head)
+        return total
+
+    @contextlib.contextmanager
+    def whole_head(self) -> Iterator[Head]:
+        """The head, gathered while in use: ZeRO-3 gathers only what a module's own forward touches."""
+        weight = causal_lm(self.adapted).get_output_embeddings().weight
+        if hasattr(weight, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([weight]):
+                yield head_of(self.adapted, self.width)
+        else:
+            yield head_of(self.adapted, self.width)
+
+
+class Engine:
+    """DeepSpeed's engine with the few verbs that the training loop needs."""
+
+    def __init__(self, student: Student, job: TrainJob) -> None:
+        import deepspeed
+
+        parameters = list(adapter_parameters(student).values())
+        optimizer = torch.optim.AdamW(
+            parameters, lr=job.train.learning_rate, betas=(0.9, 0.999), weight_decay=job.train.weight_decay
+        )
+        config = complete(job.deepspeed, job.dtype, job.train.max_grad_norm)
+        self._engine: Any = deepspeed.initialize(model=student, optimizer=optimizer, config=config)[0]
+        self._student = student
+        self._ranks = torch.distributed.get_world_size()
+
+    def backward(
+        self, batch: Batch, reference_NG: Tensor, head: Head, step_tokens: int, *, last: bool
+    ) -> Tensor:
+        """One micro-batch's gradient; last: the step's last one on this rank. Returns its detached sum of KL."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        total = self._engine(batch, reference_NG, head)
+        # DeepSpeed averages over ranks; the loss is a sum over ranks divided by the global number of tokens.
+        self._engine.backward(total * (self._ranks / step_tokens))
+        return total.detach()
+
+    def step(self, learning_rate: float) -> float:
+        """Update the adapters; returns the gradient's norm before clipping."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm() or 0.0)
+
+    def hidden(self, ids_BT: Tensor) -> Tensor:
+        return final_hidden(self._student.adapted, ids_BT)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Whole float32 master weights by parameter name, on the CPU. Every rank must call it."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {
+            name: _whole(safe_get_full_fp32_param(parameter), name)
+            for name, parameter in adapter_parameters(self._student).items()
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """Master weights and Adam moments, whole, as `<kind>/<parameter>`. Every rank must call it."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        state = {f"weight/{name}": tensor for name, tensor in self.weights().items()}
+        for name, parameter in adapter_parameters(self._student).items():
+            for kind in MOMENTS:
+                state[f"{kind}/{name}"] = _whole(safe_get_full_optimizer_state(parameter, kind), name)
+        return state
+
+    def restore(
+        self, state: dict[str, Tensor], step: int, batch: Batch, reference_NG: Tensor, head: Head
+    ) -> None:
+        """Continue from `state` after `step` steps.
+
+        The optimizer makes its moments at its first step only, so one is taken on any batch with zero gradient and
+        zero learning rate before they are overwritten.
+        """
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.backward(self._engine(batch, reference_NG, head) * 0.0)
+        self.step(0.0)
+        for name, parameter in adapter_parameters(self._student).items():
+            whole = state[f"weight/{name}"].to(parameter.device)
+            safe_set_full_fp32_param(parameter, whole)
+            if not hasattr(parameter, "ds_id"):
+                parameter.data.copy_(whole)  # ZeRO-1 and -2 set the master copy only
+            for kind in MOMENTS:
+                safe_set_full_optimizer_state(parameter, state[f"{kind}/{name}"].to(parameter.device), kind)
+        inner = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+        for moments in inner.state.values():
+            if "step" in moments:
+                moments["step"] = torch.full_like(torch.as_tensor(moments["step"]), float(step))
+
+
+def _whole(tensor: Tensor | None, name: str) -> Tensor:
+    assert tensor is not None, f"DeepSpeed holds no state for {name}"
+    return tensor.detach().float().cpu().clone().contiguous()

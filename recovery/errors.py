@@ -1,0 +1,33 @@
+"""The user's mistakes, told in one clear line each, and the exit codes of every command."""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USER = 2
+EXIT_INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """The user's input is wrong: exit code 2, no traceback, nothing written.
+
+    where: dotted recipe path or file; found: what stood there; remedy: what to do about it.
+    """
+
+    def __init__(self, where: str, found: str, remedy: str) -> None:
+        super().__init__(f"{where}: {found}; {remedy}")
+        self.where = where
+        self.found = found
+        self.remedy = remedy
+
+
+class UserErrors(UserError):
+    """Several mistakes found together, one line each."""
+
+    def __init__(self, errors: list[UserError]) -> None:
+        Exception.__init__(self, "\n".join(str(error) for error in errors))
+        self.errors = errors
+
+
+class DamagedArtifact(UserError):
+    """A finished artifact whose files no longer match its manifest."""

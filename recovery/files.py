@@ -1,0 +1,89 @@
+"""Files: hashing (remembered for large ones), atomic writing, JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from recovery.errors import UserError
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write through a temporary sibling, synced and renamed: `path` holds all of `data` or what it held before."""
+    payload = data.encode() if isinstance(data, str) else data
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(payload)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: object) -> None:
+    write_atomic(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(str(path), f"not readable as JSON ({error})", "restore or remove it") from error
+
+
+def sync_folder(path: Path) -> None:
+    """Make a rename inside `path` survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class HashMemory:
+    """Hashes of files, remembered by size and mtime, so that a 140 GB folder is not read at every start.
+
+    path: JSON file that keeps them; None remembers within this process only.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._known: dict[str, list[Any]] = {}
+        self._changed = False
+        if path is not None and path.exists():
+            try:
+                self._known = json.loads(path.read_text())
+            except (OSError, ValueError):
+                self._known = {}  # a cache: rebuilt from the files themselves
+
+    def sha256(self, path: Path) -> str:
+        resolved = path.resolve()
+        status = resolved.stat()
+        stamp = [status.st_size, status.st_mtime_ns]
+        known = self._known.get(str(resolved))
+        if known is not None and known[:2] == stamp:
+            return str(known[2])
+        digest = sha256_of(resolved)
+        self._known[str(resolved)] = [*stamp, digest]
+        self._changed = True
+        return digest
+
+    def save(self) -> None:
+        if self._path is not None and self._changed:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._path, self._known)
+            self._changed = False

@@ -1,0 +1,73 @@
+"""Placements: which `nn.Linear` modules get an adapter or a damage, by the last part of their names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from recovery.config import Placement
+from recovery.errors import UserError
+
+PLACEMENTS: dict[Placement, tuple[str, ...]] = {
+    "kv": ("k_proj", "v_proj"),
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "attention_mlp": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+def linear_modules(model: Any) -> dict[str, Any]:
+    """All `nn.Linear` modules by full name, without the output head."""
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+
+
+def skeleton(path: str, revision: str | None) -> Any:
+    """The model's modules without their weights (meta tensors)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path, revision=revision)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def select(model: Any, patterns: Sequence[str], where: str) -> list[str]:
+    """Full names of the linear modules whose last name parts match, in the model's order.
+
+    Raises UserError listing what there was for a pattern that matches nothing.
+    """
+    names = list(linear_modules(model))
+    chosen = {
+        pattern: [name for name in names if name == pattern or name.endswith(f".{pattern}")]
+        for pattern in patterns
+    }
+    missing = [pattern for pattern, found in chosen.items() if not found]
+    if missing:
+        available = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+        raise UserError(
+            where, f"no linear module is named {', '.join(missing)}", f"this model has: {available}"
+        )
+    wanted = {name for found in chosen.values() for name in found}
+    return [name for name in names if name in wanted]
+
+
+def patterns_of(placement: Placement | tuple[str, ...]) -> tuple[str, ...]:
+    return placement if isinstance(placement, tuple) else PLACEMENTS[placement]
+
+
+def check_rank(model: Any, names: Sequence[str], rank: int) -> None:
+    """Raise UserError when the rank exceeds the narrower side of an adapted module."""
+    sides = {name: min(model.get_submodule(name).weight.shape) for name in names}
+    narrowest = min(sides, key=lambda name: sides[name])
+    if rank > sides[narrowest]:
+        raise UserError(
+            "adapter.rank",
+            f"{rank}, but {narrowest} has full rank {sides[narrowest]}",
+            "lower it, or adapt others",
+        )

@@ -1,0 +1,165 @@
+"""What every stage's `python -m <room>.<stage> JOB` does around its work: logging, the artifact, the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from recovery.artifacts import MANIFEST, Workspace, content_digest, verify
+from recovery.config import ArtifactInput, Job, LooseInput
+from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, DamagedArtifact, UserError
+from recovery.files import HashMemory
+
+log = logging.getLogger("recover-lora")
+PARENT_WATCH = "RECOVER_LORA_PARENT_WATCH"
+JobType = TypeVar("JobType", bound=Job)
+
+
+class _TqdmHandler(logging.Handler):
+    """Log lines that do not tear a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def set_up_logging(stage: str, path: Path | None = None) -> None:
+    log.handlers.clear()
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    screen = _TqdmHandler(logging.INFO)
+    screen.setFormatter(logging.Formatter(f"[{stage}] %(message)s"))
+    log.addHandler(screen)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(path)
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(file)
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Say what went wrong, in one line where the cause is plain, and return the exit code for it."""
+    if isinstance(error, UserError):
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" writing {error.filename}" if error.filename else ""
+        print(
+            f"error: no space left on the disk{where}; free some and run the same command again",
+            file=sys.stderr,
+        )
+        return EXIT_FAILED
+    if _is_disk_full(error):
+        print("error: no space left on the disk; free some and run the same command again", file=sys.stderr)
+        return EXIT_FAILED
+    traceback.print_exception(error, file=sys.stderr)
+    return EXIT_FAILED
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    # Arrow, safetensors and SQLite report ENOSPC as errors of their own, so only the text tells.
+    text = str(error)
+    return "No space left on device" in text or "os error 28" in text or "database or disk is full" in text
+
+
+def check_inputs(job: Job) -> None:
+    """Verify every input that is an artifact against its manifest. Raises UserError for one that is not there."""
+    for name, given in job.inputs().items():
+        folder = Path(given.path)
+        if (folder / MANIFEST).is_file():
+            verify(folder)
+        elif isinstance(given, ArtifactInput) and not isinstance(given, LooseInput):
+            raise UserError(
+                f"{job.stage} needs {name}", f"no artifact {folder}", "run the stage that makes it first"
+            )
+
+
+def check_reusable(job: Job, memory: HashMemory | None = None) -> bool:
+    """Whether the job's artifact is finished, undamaged and made from the inputs that are there now.
+
+    Raises DamagedArtifact for a finished one that is not.
+    """
+    output = job.runtime.output
+    if not output.exists():
+        return False
+    manifest = verify(output, memory)
+    for name, given in job.inputs().items():
+        recorded = manifest["inputs"].get(name, {}).get("content")
+        if recorded is None or not (Path(given.path) / MANIFEST).is_file():
+            continue
+        present = content_digest(verify(Path(given.path), memory)["files"])
+        if recorded != present:
+            raise DamagedArtifact(
+                str(output),
+                f"made from another content of its input {name} ({given.path})",
+                f"remove {output} and run the same command to make it anew",
+            )
+    return True
+
+
+def build(job: JobType, produce: Callable[[JobType, Workspace], dict[str, Any]], *, resumable: bool) -> Path:
+    """Make the job's artifact, or find it finished. produce fills the workspace and returns the manifest's details."""
+    if check_reusable(job):
+        log.info("reused %s", job.runtime.output)
+        return job.runtime.output
+    if int(os.environ.get("RANK", "0")) > 0:
+        # The first rank owns the artifact; the others only work in its folder.
+        produce(job, Workspace(job, resumable=resumable))
+        return job.runtime.output
+    check_inputs(job)
+    with Workspace(job, resumable=resumable) as workspace:
+        details = produce(job, workspace)
+        return workspace.finish(details)
+
+
+def _end_with_parent(parent: int) -> None:
+    """End at once when the launcher is gone (kill -9): a stage nobody waits for must not hold its artifact's lock."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(EXIT_FAILED)
+
+
+def run_stage(
+    job_type: type[JobType],
+    produce: Callable[[JobType, Workspace], dict[str, Any]],
+    *,
+    resumable: bool,
+    description: str,
+) -> None:
+    """Entry of a stage module: read the job file named on the command line, build, exit with the project's codes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "job", type=Path, help="job file, as `recover-lora <stage> RECIPE --dry-run` prints it"
+    )
+    arguments = parser.parse_args()
+    if os.environ.get(PARENT_WATCH):
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    # A scheduler's SIGTERM ends a stage as Ctrl-C does: files closed, locks released, finished pieces kept.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    code = EXIT_DONE
+    try:
+        job = job_type.from_file(arguments.job)
+        set_up_logging(job.stage, job.runtime.log)
+        build(job, produce, resumable=resumable)
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            raise
+        code = exit_code_of(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Libraries leave threads behind (trackers, data loaders) that must not hold up a finished stage.
+    os._exit(code)

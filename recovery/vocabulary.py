@@ -1,0 +1,85 @@
+"""The vocabulary check: a KL between two models means something only if logit i is the same token in both.
+
+A shared tokenizer class is not a shared vocabulary, so the full token-to-id maps are compared. Heads may be padded
+to different widths (151936 logits for 151665 tokens); only the first `width` logits, those that have a token, count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from recovery.errors import UserError
+
+SPECIAL = ("bos_token_id", "eos_token_id", "unk_token_id")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    tokens: dict[str, int]
+    special: dict[str, int | None]
+    head_width: int
+    """Rows of the output head: the model's `vocab_size`."""
+
+    @property
+    def size(self) -> int:
+        """One more than the largest token id."""
+        return max(self.tokens.values()) + 1
+
+
+def load_vocabulary(path: str, revision: str | None = None) -> Vocabulary:
+    """The vocabulary of a model folder or hub id. Raises UserError when there is no tokenizer or config."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision)
+        config = AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            path, f"its tokenizer or config cannot be read ({first})", "give a complete model"
+        ) from error
+    special = {name: getattr(tokenizer, name, None) for name in SPECIAL}
+    return Vocabulary(tokenizer.get_vocab(), special, int(config.get_text_config().vocab_size))
+
+
+def used_width(reference: Vocabulary, degraded: Vocabulary, where: str = "models.degraded") -> int:
+    """The number of logits that both models share. Raises UserError naming the first tokens that differ."""
+    compare(reference, degraded, where)
+    narrow = [v.head_width for v in (reference, degraded) if v.head_width < reference.size]
+    if len(narrow) == 1:
+        raise UserError(
+            where,
+            f"{reference.size} tokens, but heads of {reference.head_width} and {degraded.head_width} rows",
+            "use models whose heads both cover the tokenizer's tokens",
+        )
+    return min(reference.size, reference.head_width, degraded.head_width)
+
+
+def compare(expected: Vocabulary, found: Vocabulary, where: str) -> None:
+    """Raise UserError unless both token-to-id maps and special ids are equal."""
+    different = [
+        (token, expected.tokens.get(token), found.tokens.get(token))
+        for token in expected.tokens.keys() | found.tokens.keys()
+        if expected.tokens.get(token) != found.tokens.get(token)
+    ]
+    if different:
+        order = 1 << 62
+        different.sort(key=lambda item: (min(order if i is None else i for i in item[1:]), item[0]))
+        shown = ", ".join(f"{token!r} {_id(one)} against {_id(other)}" for token, one, other in different[:3])
+        raise UserError(
+            where,
+            f"its vocabulary differs from the reference's in {len(different)} tokens, first: {shown}",
+            "pair models of one vocabulary (a shared tokenizer class is not enough)",
+        )
+    for name in SPECIAL:
+        if expected.special[name] != found.special[name]:
+            raise UserError(
+                where,
+                f"its {name} is {found.special[name]}, the reference's {expected.special[name]}",
+                "mend the tokenizer files of one of them",
+            )
+
+
+def _id(value: int | None) -> str:
+    return "missing" if value is None else str(value)

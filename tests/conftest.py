@@ -1,0 +1,103 @@
+"""Tiny random models of every architecture in the paper, with a byte-level tokenizer, made on the spot."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ARCHITECTURES = ("llama", "olmo", "gemma2", "qwen2")
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+
+
+def make_tokenizer(*, bos: bool, extra: tuple[str, ...] = ()) -> Any:
+    """256 byte tokens, begin, end and unknown. bos: put a beginning-of-text id in front, as Llama and Gemma do."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<s>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *extra]
+    tokenizer = Tokenizer(BPE({token: index for index, token in enumerate(tokens)}, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+
+
+def make_config(kind: str, vocabulary: int) -> Any:
+    """MHA OLMo, GQA Llama, Gemma2 (soft caps, sliding window), Qwen2 (biases, padded head)."""
+    from transformers import Gemma2Config, LlamaConfig, OlmoConfig, Qwen2Config
+
+    common: dict[str, Any] = {
+        **SIZES,
+        "vocab_size": vocabulary,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    common["initializer_range"] = (
+        0.15  # random models of the usual 0.02 predict a nearly uniform distribution
+    )
+    match kind:
+        case "llama":
+            return LlamaConfig(**common, num_key_value_heads=2, tie_word_embeddings=True)
+        case "olmo":
+            return OlmoConfig(**common, num_key_value_heads=4, tie_word_embeddings=False)
+        case "gemma2":
+            return Gemma2Config(
+                **common,
+                num_key_value_heads=2,
+                head_dim=16,
+                sliding_window=16,
+                query_pre_attn_scalar=16,
+                attn_logit_softcapping=5.0,
+                final_logit_softcapping=10.0,
+            )
+        case "qwen2":
+            return Qwen2Config(**(common | {"vocab_size": vocabulary + 13}), num_key_value_heads=2)
+    raise AssertionError(kind)
+
+
+def make_model(folder: Path, kind: str = "llama", *, seed: int = 0, **tokenizer: Any) -> Path:
+    """A saved model folder; returns it."""
+    from transformers import AutoModelForCausalLM
+
+    tokens = make_tokenizer(bos=kind in ("llama", "gemma2"), **tokenizer)
+    torch.manual_seed(seed)
+    model: Any = AutoModelForCausalLM.from_config(make_config(kind, len(tokens)))
+    if kind == "qwen2":
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear) and module.bias is not None:
+                torch.nn.init.normal_(module.bias, std=0.1)
+    model.save_pretrained(folder)
+    tokens.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One saved tiny model of each architecture."""
+    folder = tmp_path_factory.mktemp("models")
+    return {kind: make_model(folder / kind, kind) for kind in ARCHITECTURES}
+
+
+@pytest.fixture
+def tiny(models: dict[str, Path]) -> Path:
+    return models["llama"]
