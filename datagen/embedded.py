@@ -38,9 +38,7 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> Tensor:
 class EmbeddedEngine:
     """Decodes ranges of samples. model: a transformers causal LM in eval mode; width: logits in use."""
 
-    def __init__(
-        self, model: Any, settings: Generate, width: int, bos: int | None, stops: frozenset[int]
-    ) -> None:
+    def __init__(self, model: Any, settings: Generate, width: int, bos: int | None, stops: frozenset[int]) -> None:
         self._model = model
         self._settings = settings
         self._width = width
@@ -48,9 +46,7 @@ class EmbeddedEngine:
         self._stops = torch.tensor(sorted(stops), device=model.device)
 
     @torch.inference_mode()
-    def decode(
-        self, starts: Sequence[Start], on_tokens: Callable[[int], None] = lambda count: None
-    ) -> list[Sample]:
+    def decode(self, starts: Sequence[Start], on_tokens: Callable[[int], None] = lambda _: None) -> list[Sample]:
         """The samples of these starts, in their order. on_tokens is told how many tokens each position added."""
         from transformers import DynamicCache
 

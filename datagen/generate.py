@@ -90,12 +90,12 @@ def produce(job: GenerateJob, workspace: Workspace) -> dict[str, Any]:
     for split in get_args(Split):
         fill(workspace, split, counts[split], engine, SamplingPlan(job.seed, split, eligible))
     tokenizer.save_pretrained(workspace.path / "tokenizer")
-    summary = describe(workspace.path, stops)
+    summary = describe(workspace.path)
     summary.update(skip=0 if bos is None else 1, bos_token_id=bos, eligible_start_tokens=len(eligible))
     write_json(workspace.path / SUMMARY, summary)
     train = summary["train"]
     log.info(
-        "%d samples, %d tokens, mean length %.1f, end-of-text rate %.1f%%, distinct 2-grams %.0f%%, repeated 4-grams %.1f%%",
+        "%d samples, %d tokens, mean length %.1f, end of text %.1f%%, distinct 2-grams %.0f%%, repeated 4-grams %.1f%%",
         *(train["samples"], train["tokens"], train["length"]["mean"], 100 * train["end_of_text_rate"]),
         *(100 * (train["distinct_2"] or 0), 100 * (train["repeats_4"] or 0)),
     )
@@ -106,7 +106,7 @@ def produce(job: GenerateJob, workspace: Workspace) -> dict[str, Any]:
     }
 
 
-def describe(corpus: Path, stops: frozenset[int]) -> dict[str, Any]:
+def describe(corpus: Path) -> dict[str, Any]:
     """The summary of both splits."""
     summary: dict[str, Any] = {}
     for split in get_args(Split):

@@ -34,9 +34,7 @@ def eligible_ids(tokenizer: Any, width: int) -> NDArray[np.int64]:
         if index < width and index not in special and not RESERVED.match(token)
     ]
     if not ids:
-        raise UserError(
-            "models.reference", "its tokenizer has no ordinary tokens", "give a complete tokenizer"
-        )
+        raise UserError("models.reference", "its tokenizer has no ordinary tokens", "give a complete tokenizer")
     return np.array(sorted(ids), dtype=np.int64)
 
 
@@ -61,9 +59,7 @@ def bos_id(tokenizer: Any, mode: BosMode) -> int | None:
         own = tokenizer.bos_token_id
         return own if own is not None and ids and ids[0] == own else None
     if tokenizer.bos_token_id is None:
-        raise UserError(
-            "generate.bos", "always, but the tokenizer has no beginning-of-text id", "use auto or never"
-        )
+        raise UserError("generate.bos", "always, but the tokenizer has no beginning-of-text id", "use auto or never")
     return int(tokenizer.bos_token_id)
 
 

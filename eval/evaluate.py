@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from eval.config import MMLU, Divergence, EvaluateJob
+from eval.benchmarks import averaged, weights_of
+from eval.config import Divergence, EvaluateJob
 from eval.tasks import Items, load_items
 from recovery.artifacts import Workspace
 from recovery.corpus import check_ids, read_split
@@ -39,7 +40,7 @@ def score_items(items: Items, model: Any, tokenizer: Any, batch_tokens: int) -> 
 
     from eval.scoring import ChoiceScorer
 
-    task = items.task
+    task: Any = items.task
     name = str(task.config.task)
     requests = [
         task.construct_requests(doc=document, ctx=items.prompt(position), metadata=(name, position, 1))
@@ -64,8 +65,8 @@ def score_items(items: Items, model: Any, tokenizer: Any, batch_tokens: int) -> 
 
 
 def summarize(items: dict[str, list[Item]]) -> dict[str, Any]:
-    """{task: {acc, acc_stderr, acc_norm, n}} as fractions, and `average`: the mean over benchmarks, MMLU counted once
-    as the mean of its subsets (section 5.2 of the paper)."""
+    """{task: {acc, acc_stderr, acc_norm, n}} as fractions, and `average`: the mean over the paper's benchmarks, MMLU
+    counted once as the mean of its subsets (section 5.2)."""
     scores: dict[str, Any] = {}
     for name, records in items.items():
         acc = np.array([record["acc"] for record in records], dtype=float)
@@ -76,10 +77,8 @@ def summarize(items: dict[str, list[Item]]) -> dict[str, Any]:
             "acc_norm": None if None in norm else float(np.mean(norm)),
             "n": len(acc),
         }
-    benchmarks = [scores[name]["acc"] for name in scores if name not in MMLU]
-    if subsets := [scores[name]["acc"] for name in scores if name in MMLU]:
-        benchmarks.append(float(np.mean(subsets)))
-    return {**scores, "average": float(np.mean(benchmarks))}
+    weights = weights_of(items, averaged(items))
+    return {**scores, "average": sum(weight * scores[name]["acc"] for name, weight in weights.items())}
 
 
 def measure_divergence(job: EvaluateJob, divergence: Divergence, model: Any) -> dict[str, Any]:
@@ -92,9 +91,7 @@ def measure_divergence(job: EvaluateJob, divergence: Divergence, model: Any) -> 
     from recovery.vocabulary import load_vocabulary, used_width
 
     given = divergence.reference
-    width = used_width(
-        load_vocabulary(given.path, given.revision), load_vocabulary(job.model.path, job.model.revision)
-    )
+    width = used_width(load_vocabulary(given.path, given.revision), load_vocabulary(job.model.path, job.model.revision))
     reference = load_model(given, job.dtype)
     results: dict[str, Any] = {"held_out": None, "contexts": None}
     for name, text in (("held_out", divergence.corpus), ("contexts", divergence.contexts)):

@@ -156,9 +156,7 @@ class ChoiceScorer(TemplateLM):
         # Padding on the right lies where a causal model cannot look.
         logits_RCV = self.model(
             input_ids=ids_RC,
-            attention_mask=torch.cat(
-                [mask_NP[owners_R], torch.ones_like(ids_RC, dtype=torch.bool)], 1
-            ).long(),
+            attention_mask=torch.cat([mask_NP[owners_R], torch.ones_like(ids_RC, dtype=torch.bool)], 1).long(),
             position_ids=lengths_N[owners_R, None] + torch.arange(width, device=device),
             past_key_values=cache,
             use_cache=True,

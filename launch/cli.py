@@ -40,9 +40,7 @@ Overrides = Annotated[
     typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override a field of the recipe; repeatable."),
 ]
 RunsDir = Annotated[Path, typer.Option("--runs-dir", metavar="DIR", help="Where runs and artifacts lie.")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print every command and job; start and write nothing.")
-]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print every command and job; start and write nothing.")]
 
 
 def execute(
@@ -57,9 +55,7 @@ def execute(
     stages = build_stages(recipe, names, cluster, runs_dir)
     wanted = [stage for stage in stages if only in (None, stage.command)]
     if not wanted:
-        raise UserError(
-            str(recipe_file), f"it has no stage {only}", "its degraded model is given; run the next stage"
-        )
+        raise UserError(str(recipe_file), f"it has no stage {only}", "its degraded model is given; run the next stage")
     run_folder = runs_dir / recipe.name
     if dry:
         check_models(recipe, names)
@@ -67,9 +63,7 @@ def execute(
         return EXIT_DONE
     todo = [stage for stage in wanted if not is_finished(stage, memory)]
     if only is not None and (absent := [label for stage in todo for label in missing_inputs(stage, stages)]):
-        raise UserError(
-            only, f"needs {', '.join(dict.fromkeys(absent))}, not finished", "run these first, or `run`"
-        )
+        raise UserError(only, f"needs {', '.join(dict.fromkeys(absent))}, not finished", "run these first, or `run`")
     if todo:
         check_models(recipe, names)
         from launch.tracking import start_run
@@ -140,7 +134,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every error gets its exit code here
         sys.exit(exit_code_of(error))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from launch.recipe import load_config
 from recovery.config import Config, Dtype
@@ -20,7 +20,7 @@ class Cluster(Config):
     """cuda stands for CUDA and ROCm builds of torch; auto takes a GPU when torch sees one."""
     processes: PositiveInt = 1
     """Training processes on this host, one a device."""
-    environment: dict[str, str] = {}
+    environment: dict[str, str] = Field(default_factory=dict)
     """Environment variables of every stage."""
 
 

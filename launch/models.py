@@ -23,9 +23,7 @@ def resolve_model(value: str, revision: str | None, where: str, memory: HashMemo
     if folder.is_dir():
         return _local(folder, where, memory)
     if value.startswith((".", "/", "~")) or value.count("/") != 1 or value.endswith("/"):
-        raise UserError(
-            where, f"no folder {value}", "give a model folder, or a hub id such as amd/AMD-OLMo-1B-SFT"
-        )
+        raise UserError(where, f"no folder {value}", "give a model folder, or a hub id such as amd/AMD-OLMo-1B-SFT")
     return _hub(value, revision, where)
 
 
@@ -59,9 +57,7 @@ def _check_safetensors(path: Path, where: str) -> None:
         with safe_open(path, framework="numpy") as file:
             file.keys()
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            where, f"{path} is not a whole safetensors file ({error})", "copy or save it again"
-        ) from error
+        raise UserError(where, f"{path} is not a whole safetensors file ({error})", "copy or save it again") from error
 
 
 def _hub(value: str, revision: str | None, where: str) -> ModelInput:
@@ -72,9 +68,7 @@ def _hub(value: str, revision: str | None, where: str) -> ModelInput:
         info: Any = HfApi().model_info(value, revision=revision, timeout=10)
         names = [file.rfilename for file in info.siblings or []]
         if names and not any(name.endswith(".safetensors") for name in names):
-            raise UserError(
-                where, f"{value} has no safetensors weights on the hub", "choose a model that has"
-            )
+            raise UserError(where, f"{value} has no safetensors weights on the hub", "choose a model that has")
         commit = str(info.sha)
     except HfHubHTTPError as error:
         first = str(error).strip().splitlines()[0]
@@ -85,9 +79,7 @@ def _hub(value: str, revision: str | None, where: str) -> ModelInput:
         ) from error
     except Exception as error:
         try:
-            cached = [
-                repo for repo in scan_cache_dir().repos if repo.repo_id == value and repo.repo_type == "model"
-            ]
+            cached = [repo for repo in scan_cache_dir().repos if repo.repo_id == value and repo.repo_type == "model"]
         except OSError:
             cached = []
         if not cached:

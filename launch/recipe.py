@@ -40,9 +40,7 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _one_damage(self) -> Recipe:
         if (self.degrade is None) == (self.models.degraded is None):
-            raise ValueError(
-                "give exactly one of models.degraded (a model of yours) and degrade (damage made here)"
-            )
+            raise ValueError("give exactly one of models.degraded (a model of yours) and degrade (damage made here)")
         return self
 
 
@@ -63,17 +61,13 @@ def load_config(kind: type[ConfigType], path: Path, overrides: Sequence[str] = (
 
 def read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(), Loader=_UniqueKeys)
+        content = yaml.load(path.read_text(), Loader=_UniqueKeys)  # noqa: S506 - a subclass of the safe loader
     except OSError as error:
-        raise UserError(
-            str(path), error.strerror or "not readable", "give the path of a YAML file"
-        ) from error
+        raise UserError(str(path), error.strerror or "not readable", "give the path of a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(str(path), f"not YAML ({' '.join(str(error).split())})", "mend the file") from error
     if not isinstance(content, dict):
-        raise UserError(
-            str(path), f"a {type(content).__name__}, not a mapping of sections", "see launch/recipes/"
-        )
+        raise UserError(str(path), f"a {type(content).__name__}, not a mapping of sections", "see launch/recipes/")
     return content
 
 
@@ -84,9 +78,7 @@ class _UniqueKeys(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = [key for key in keys if keys.count(key) > 1]
         if twice:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {twice[0]!r} is given twice", node.start_mark
-            )
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -95,9 +87,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
     dotted, sign, text = override.partition("=")
     *sections, field = dotted.strip().split(".")
     if not sign or not field or not all(sections):
-        raise UserError(
-            f"--set {override}", "not of the form section.field=value", "write e.g. --set train.epochs=2"
-        )
+        raise UserError(f"--set {override}", "not of the form section.field=value", "write e.g. --set train.epochs=2")
     place: Any = content
     for section in sections:
         place = place.setdefault(section, {})

@@ -75,9 +75,7 @@ def resolve_names(recipe: Recipe, memory: HashMemory) -> Names:
     """Find every model, file and folder that the recipe names. Raises UserErrors with all that is wrong."""
     faults = _Faults()
     models = recipe.models
-    reference = faults.attempt(
-        lambda: resolve_model(models.reference, models.revision, "models.reference", memory)
-    )
+    reference = faults.attempt(lambda: resolve_model(models.reference, models.revision, "models.reference", memory))
     generator, degraded = reference, None
     if (own := recipe.generate.model) is not None:
         generator = faults.attempt(lambda: resolve_model(own, None, "generate.model", memory))
@@ -111,16 +109,12 @@ def check_models(recipe: Recipe, names: Names) -> None:
         degraded = names.degraded
         faults.attempt(lambda: used_width(vocabulary(names.reference), vocabulary(degraded)))
     if names.generator != names.reference:
-        faults.attempt(
-            lambda: used_width(vocabulary(names.reference), vocabulary(names.generator), "generate.model")
-        )
+        faults.attempt(lambda: used_width(vocabulary(names.reference), vocabulary(names.generator), "generate.model"))
     student = names.degraded or names.reference
     model = faults.attempt(lambda: skeleton(student.path, student.revision))
     if model is not None:
         patterns = patterns_of(recipe.adapter.placement)
-        faults.attempt(
-            lambda: check_rank(model, select(model, patterns, "adapter.placement"), recipe.adapter.rank)
-        )
+        faults.attempt(lambda: check_rank(model, select(model, patterns, "adapter.placement"), recipe.adapter.rank))
         if (damage := recipe.degrade) is not None:
             faults.attempt(lambda: select(model, damage.modules, "degrade.modules"))
     faults.stop_if_any()
@@ -154,9 +148,7 @@ def build_stages(recipe: Recipe, names: Names, cluster: Cluster, runs_dir: Path)
     degrade: DegradeJob | None = None
     degraded = names.degraded
     if recipe.degrade is not None:
-        degrade = build.job(
-            DegradeJob, "degrade", seed=seed, reference=names.reference, damage=recipe.degrade
-        )
+        degrade = build.job(DegradeJob, "degrade", seed=seed, reference=names.reference, damage=recipe.degrade)
         assert degrade is not None
         degraded = ModelInput(path=str(degrade.runtime.output), digest=degrade.identity)
         stages.append(Stage("degrade", "degrade", "recovery.degrade", degrade, ("degraded",)))

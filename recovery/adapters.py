@@ -67,8 +67,6 @@ def load_adapter(model: Any, folder: Path) -> Any:
     from peft import PeftModel
 
     if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(
-            str(folder), "no adapter_model.safetensors in it", "give the folder of a trained adapter"
-        )
+        raise UserError(str(folder), "no adapter_model.safetensors in it", "give the folder of a trained adapter")
     adapted: Any = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
     return adapted.eval().requires_grad_(False)

@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -59,9 +58,7 @@ def git_state() -> dict[str, Any]:
     """Revision and whether tracked files differ from it; recorded, never part of an identity."""
 
     def git(*arguments: str) -> str:
-        result = subprocess.run(
-            ["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, check=True
-        )
+        result = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, check=True)
         return result.stdout.strip()
 
     try:
@@ -133,9 +130,7 @@ class Workspace:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(
-                str(self.final), "another process is building it", "wait for that one to end"
-            ) from error
+            raise UserError(str(self.final), "another process is building it", "wait for that one to end") from error
         if self.path.exists() and not self.resumable:
             shutil.rmtree(self.path)
         self.path.mkdir(exist_ok=True)
@@ -198,7 +193,7 @@ class Workspace:
         )
         if self.final.exists():
             raise UserError(str(self.final), "it exists already", "remove it to make it anew")
-        os.rename(self.path, self.final)
+        self.path.rename(self.final)
         sync_folder(self.final.parent)
         for path in self.final.glob(".*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -160,9 +160,7 @@ class Job(Config):
 
     @property
     def identity(self) -> str:
-        settings = {
-            name: _identity_of(getattr(self, name)) for name in type(self).model_fields if name != "runtime"
-        }
+        settings = {name: _identity_of(getattr(self, name)) for name in type(self).model_fields if name != "runtime"}
         payload = {"stage": self.stage, "schema_version": self.schema_version, "job": settings}
         return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -188,9 +186,7 @@ class Job(Config):
         try:
             payload = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise UserError(
-                str(path), f"not a readable job file ({error})", "write it with --dry-run"
-            ) from error
+            raise UserError(str(path), f"not a readable job file ({error})", "write it with --dry-run") from error
         if not isinstance(payload, dict) or payload.get("stage") != cls.stage:
             found = payload.get("stage") if isinstance(payload, dict) else type(payload).__name__
             raise UserError(str(path), f"a job of stage {found!r}", f"give a job of stage {cls.stage!r}")

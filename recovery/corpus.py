@@ -134,17 +134,13 @@ def read_split(corpus: Path, split: Split) -> Tokens:
     table = pa.concat_tables(tables).sort_by("index").combine_chunks()
     index = table["index"].to_numpy()
     if len(np.unique(index)) != len(index):
-        raise DamagedArtifact(
-            str(corpus / split), "an index is held twice", "remove the corpus and generate it again"
-        )
+        raise DamagedArtifact(str(corpus / split), "an index is held twice", "remove the corpus and generate it again")
     lists = table["tokens"].combine_chunks()
     lists = lists.chunk(0) if isinstance(lists, pa.ChunkedArray) else lists
     offsets = lists.offsets.to_numpy().astype(np.int64)
     ids = lists.values.to_numpy()
     if not np.array_equal(np.diff(offsets), table["length"].to_numpy()):
-        raise DamagedArtifact(
-            str(corpus / split), "a row's length differs from its token count", "generate it again"
-        )
+        raise DamagedArtifact(str(corpus / split), "a row's length differs from its token count", "generate it again")
     skip = int(read_json(corpus / SUMMARY).get("skip", 0))
     return Tokens(index, offsets - offsets[0], ids[offsets[0] : offsets[-1]], skip)
 

@@ -28,9 +28,7 @@ def read_deepspeed(name: str) -> dict[str, Any]:
     path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
     if not path.is_file():
         shipped = ", ".join(sorted(file.stem for file in FOLDER.glob("*.json")))
-        raise UserError(
-            "train.deepspeed", f"no file {path}", f"give a path to a .json file or one of: {shipped}"
-        )
+        raise UserError("train.deepspeed", f"no file {path}", f"give a path to a .json file or one of: {shipped}")
     try:
         content = json.loads(path.read_text())
     except ValueError as error:

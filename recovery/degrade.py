@@ -64,9 +64,7 @@ def produce(job: DegradeJob, workspace: Workspace) -> dict[str, Any]:
     model = load_model(job.reference, None, placed=False)
     changes = add_noise(model, job.damage, job.seed)
     model.save_pretrained(workspace.path)
-    AutoTokenizer.from_pretrained(job.reference.path, revision=job.reference.revision).save_pretrained(
-        workspace.path
-    )
+    AutoTokenizer.from_pretrained(job.reference.path, revision=job.reference.revision).save_pretrained(workspace.path)
     return {"tensors": changes}
 
 

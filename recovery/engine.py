@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage] - documented as public
 
 from recovery.adapters import adapter_parameters
 from recovery.batches import Batch
@@ -40,13 +41,13 @@ def start_distributed() -> tuple[int, int]:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # Its shared-memory op for CPU ranks costs a minute of g++ at first use and leaves buffers in /dev/shm after a
+    # kill; adapters' gradients are small enough for gloo.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized() and ranks == 1:
-        # No launcher: a group of one needs no port, and no shared-memory op (a minute of g++ at first use).
-        torch.distributed.init_process_group(
-            backend, store=torch.distributed.HashStore(), rank=0, world_size=1
-        )
+        # No launcher: a group of one needs no port.
+        torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         os.environ.setdefault("LOCAL_RANK", "0")
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(backend, verbose=False)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
@@ -68,9 +69,12 @@ class Student(nn.Module):
 
     @contextlib.contextmanager
     def whole_head(self) -> Iterator[Head]:
-        """The head, gathered while in use: ZeRO-3 gathers only what a module's own forward touches."""
+        """The head, gathered while in use: ZeRO-3 gathers only what a module's own forward touches.
+
+        Enter it after the forward that makes the hidden states: a tied embedding is released by that forward.
+        """
         weight = causal_lm(self.adapted).get_output_embeddings().weight
-        if hasattr(weight, "ds_id"):
+        if hasattr(weight, "ds_id") and weight.numel() == 0:
             import deepspeed
 
             with deepspeed.zero.GatheredParameters([weight]):
@@ -94,9 +98,7 @@ class Engine:
         self._student = student
         self._ranks = torch.distributed.get_world_size()
 
-    def backward(
-        self, batch: Batch, reference_NG: Tensor, head: Head, step_tokens: int, *, last: bool
-    ) -> Tensor:
+    def backward(self, batch: Batch, reference_NG: Tensor, head: Head, step_tokens: int, *, last: bool) -> Tensor:
         """One micro-batch's gradient; last: the step's last one on this rank. Returns its detached sum of KL."""
         self._engine.set_gradient_accumulation_boundary(last)
         total = self._engine(batch, reference_NG, head)
@@ -133,24 +135,21 @@ class Engine:
                 state[f"{kind}/{name}"] = _whole(safe_get_full_optimizer_state(parameter, kind), name)
         return state
 
-    def restore(
-        self, state: dict[str, Tensor], step: int, batch: Batch, reference_NG: Tensor, head: Head
-    ) -> None:
+    def restore(self, state: dict[str, Tensor], step: int, batch: Batch, reference_NG: Tensor, head: Head) -> None:
         """Continue from `state` after `step` steps.
 
-        The optimizer makes its moments at its first step only, so one is taken on any batch with zero gradient and
-        zero learning rate before they are overwritten.
+        One step with zero gradient and zero learning rate, on any batch, copies the master weights into the model's
+        own (each ZeRO stage keeps these elsewhere) and makes the moments, which are then overwritten.
         """
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
+        parameters = adapter_parameters(self._student)
+        for name, parameter in parameters.items():
+            safe_set_full_fp32_param(parameter, state[f"weight/{name}"].to(parameter.device))
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.backward(self._engine(batch, reference_NG, head) * 0.0)
         self.step(0.0)
-        for name, parameter in adapter_parameters(self._student).items():
-            whole = state[f"weight/{name}"].to(parameter.device)
-            safe_set_full_fp32_param(parameter, whole)
-            if not hasattr(parameter, "ds_id"):
-                parameter.data.copy_(whole)  # ZeRO-1 and -2 set the master copy only
+        for name, parameter in parameters.items():
             for kind in MOMENTS:
                 safe_set_full_optimizer_state(parameter, state[f"{kind}/{name}"].to(parameter.device), kind)
         inner = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)

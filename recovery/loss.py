@@ -20,9 +20,7 @@ CHUNK_TOKENS = 128
 
 class _ForwardKL(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden_NH: Tensor, head: Head, reference_NG: Tensor, reference_head: Head
-    ) -> Tensor:
+    def forward(ctx: Any, hidden_NH: Tensor, head: Head, reference_NG: Tensor, reference_head: Head) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden_NH.device)
         gradient_NH = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
         for part in _chunks(len(hidden_NH)):
@@ -45,9 +43,7 @@ class _ForwardKL(torch.autograd.Function):
         return gradient_NH * grad_outputs[0].to(gradient_NH.dtype), None, None, None
 
 
-def forward_kl(
-    hidden_NH: Tensor, head: Head, reference_NG: Tensor, reference_head: Head
-) -> tuple[Tensor, int]:
+def forward_kl(hidden_NH: Tensor, head: Head, reference_NG: Tensor, reference_head: Head) -> tuple[Tensor, int]:
     """Sum over tokens of KL(reference || student) in nats (equation 2 of the paper), and the number of tokens.
 
     hidden_NH: the student's final hidden states of the valid tokens, any float dtype, differentiable. reference_NG:
@@ -58,9 +54,7 @@ def forward_kl(
 
 
 @torch.no_grad()
-def compare(
-    hidden_NH: Tensor, head: Head, reference_NG: Tensor, reference_head: Head, next_N: Tensor
-) -> Tensor:
+def compare(hidden_NH: Tensor, head: Head, reference_NG: Tensor, reference_head: Head, next_N: Tensor) -> Tensor:
     """Sums over tokens (4,) float64: KL in nats, top-1 agreement, the student's and the reference's -log p(next)."""
     sums = torch.zeros(4, dtype=torch.float64, device=hidden_NH.device)
     for part in _chunks(len(hidden_NH)):

@@ -21,9 +21,7 @@ def linear_modules(model: Any) -> dict[str, Any]:
 
     head = model.get_output_embeddings()
     return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
     }
 
 
@@ -44,15 +42,12 @@ def select(model: Any, patterns: Sequence[str], where: str) -> list[str]:
     """
     names = list(linear_modules(model))
     chosen = {
-        pattern: [name for name in names if name == pattern or name.endswith(f".{pattern}")]
-        for pattern in patterns
+        pattern: [name for name in names if name == pattern or name.endswith(f".{pattern}")] for pattern in patterns
     }
     missing = [pattern for pattern, found in chosen.items() if not found]
     if missing:
         available = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
-        raise UserError(
-            where, f"no linear module is named {', '.join(missing)}", f"this model has: {available}"
-        )
+        raise UserError(where, f"no linear module is named {', '.join(missing)}", f"this model has: {available}")
     wanted = {name for found in chosen.values() for name in found}
     return [name for name in names if name in wanted]
 

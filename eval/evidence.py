@@ -1,0 +1,130 @@
+"""What a report is made from: the finished artifacts of a run, read together and reduced to `summary.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from eval.accuracy import NOTHING, Outcomes, align, recovery, resample_tasks
+from eval.benchmarks import averaged, benchmarks_of, weights_of
+from eval.config import ReportJob
+from eval.table import MODELS
+from recovery.artifacts import read_manifest
+from recovery.corpus import SUMMARY
+from recovery.files import read_json
+
+
+@dataclass(frozen=True)
+class Evidence:
+    manifests: dict[str, dict[str, Any]]
+    """By stage: generate, train, and degrade and contexts where there were any; `scores/<model>` for the scores."""
+    corpus: dict[str, Any]
+    scores: dict[str, dict[str, Any]]
+    divergence: dict[str, dict[str, Any]]
+    """Of the degraded and the recovered model: {held_out: Measurement, contexts: Measurement or null}."""
+    outcomes: dict[str, Outcomes]
+    history: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
+    tokens_generated: int
+
+
+def gather(job: ReportJob) -> Evidence:
+    """Read everything. Raises UserError when the three models were not scored on the same items."""
+    scores = {model: getattr(job.scores, model).path for model in MODELS}
+    stages = {"degrade": job.degrade, "generate": job.corpus, "contexts": job.contexts, "train": job.adapter}
+    manifests = {name: read_manifest(given.path) for name, given in stages.items() if given is not None}
+    manifests |= {f"scores/{model}": read_manifest(path) for model, path in scores.items()}
+    outcomes = {
+        task: align(
+            f"scores of {task}",
+            *(read_json(scores[model] / "items" / f"{task}.json") for model in MODELS),
+        )
+        for task in job.tasks
+    }
+    return Evidence(
+        manifests,
+        read_json(job.corpus.path / SUMMARY),
+        {model: read_json(path / "scores.json") for model, path in scores.items()},
+        {model: read_json(scores[model] / "divergence.json") for model in MODELS[1:]},
+        outcomes,
+        read_lines(job.adapter.path / "history.jsonl"),
+        read_lines(job.adapter.path / "held_out.jsonl"),
+        count_tokens(job.corpus.path),
+    )
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def count_tokens(corpus: Path) -> int:
+    """Tokens of all splits, from the shards' length columns alone."""
+    return sum(
+        sum(pq.read_table(path, columns=["length"])["length"].to_pylist()) for path in corpus.glob("*/shard-*.parquet")
+    )
+
+
+def summarize(job: ReportJob, evidence: Evidence) -> dict[str, Any]:
+    """`summary.json`: its keys are relied on by others and stay. Accuracies, gaps and top-1 agreement are fractions,
+    KL is in nats per token, AR% is a percentage."""
+    outcomes, scores = evidence.outcomes, evidence.scores
+    draws = resample_tasks(outcomes, job.bootstrap, job.seed)
+    tasks: dict[str, Any] = {}
+    for benchmark, members in benchmarks_of(job.tasks).items():
+        for name, parts in {benchmark: members, **{member: (member,) for member in members}}.items():
+            entry: dict[str, Any] = {model: _mean_score(scores[model], parts) for model in MODELS}
+            entry["n"] = sum(scores["reference"][part]["n"] for part in parts)
+            entry["ar_percent"] = asdict(recovery(outcomes, draws, dict.fromkeys(parts, 1 / len(parts))))
+            tasks[name] = entry
+    found = benchmarks_of(job.tasks)
+    certain = [name for name in found if tasks[name]["ar_percent"]["measurable"]]
+    passing = recovery(outcomes, draws, weights_of(job.tasks, certain)) if certain else NOTHING
+    details = evidence.manifests["train"]["details"]
+    summary: dict[str, Any] = {
+        "ar_percent": asdict(recovery(outcomes, draws, weights_of(job.tasks, averaged(job.tasks)))),
+        "ar_percent_measurable": {**asdict(passing), "tasks": certain},
+        "tasks": tasks,
+        "tokens": int(details["loss_tokens"]) + int(details.get("calibration_tokens", 0)),
+        "tokens_generated": evidence.tokens_generated,
+        "trainable_parameters": int(details["trainable_parameters"]),
+        "seconds": seconds(evidence.manifests),
+    }
+    for suffix, text in (("", "held_out"), ("_contexts", "contexts")):
+        summary |= _divergence(evidence, text, suffix)
+    return summary
+
+
+def _mean_score(scores: Mapping[str, Any], parts: tuple[str, ...]) -> dict[str, float | None]:
+    """acc and acc_norm of the mean over tasks, and the standard error of acc."""
+    errors = [scores[part]["acc_stderr"] for part in parts]
+    norms = [scores[part]["acc_norm"] for part in parts]
+    return {
+        "acc": sum(scores[part]["acc"] for part in parts) / len(parts),
+        "acc_stderr": None if None in errors else sum(error**2 for error in errors) ** 0.5 / len(parts),
+        "acc_norm": None if None in norms else sum(norms) / len(parts),
+    }
+
+
+def _divergence(evidence: Evidence, text: str, suffix: str) -> dict[str, Any]:
+    degraded, recovered = (evidence.divergence[model][text] for model in MODELS[1:])
+    if degraded is None or recovered is None:
+        return {f"kl{suffix}": None, f"top1{suffix}": None}
+    share = 1 - recovered["kl"] / degraded["kl"] if degraded["kl"] > 0 else None
+    return {
+        f"kl{suffix}": {"degraded": degraded["kl"], "recovered": recovered["kl"], "recovery": share},
+        f"top1{suffix}": {"degraded": degraded["top1"], "recovered": recovered["top1"]},
+    }
+
+
+def seconds(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """What each stage took when its artifact was made; `evaluate` is all three models."""
+    spent: dict[str, float] = {}
+    for name, manifest in manifests.items():
+        stage = "evaluate" if name.startswith("scores/") else name
+        spent[stage] = round(spent.get(stage, 0.0) + float(manifest["seconds"]), 3)
+    return spent

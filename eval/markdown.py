@@ -1,0 +1,136 @@
+"""The report as Markdown: the result first, then what it took, how to use the adapter, and where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from eval.config import ReportJob
+from eval.evidence import Evidence
+from eval.table import HEADER, benchmark_rows, divergence_rows, percent
+
+SHOWN_VERSIONS = ("python", "torch", "transformers", "peft", "deepspeed", "datasets", "lm_eval")
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose first column is text and whose other columns are right-aligned but for the last."""
+    rule = ["---", *["---:"] * (len(header) - 2), "---"]
+    lines = [list(header), rule, *map(list, rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def render(job: ReportJob, evidence: Evidence, summary: Mapping[str, Any]) -> str:
+    sections = [
+        f"# {job.name}",
+        _result(summary),
+        _effort(evidence, summary),
+        _corpus(evidence),
+        _damage(evidence),
+        _use(job, evidence),
+        _origin(job, evidence),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _result(summary: Mapping[str, Any]) -> str:
+    rows = [*divergence_rows(summary), *benchmark_rows(summary)]
+    items = sorted({entry["n"] for name, entry in summary["tasks"].items() if name != "mmlu"})
+    each = f"{items[0]}" if len(items) == 1 else f"{items[0]} to {items[-1]}"
+    return f"""\
+{markdown_table(HEADER, rows)}
+
+KL is KL(reference ‖ model) in nats per token; top-1 is how often model and reference prefer the same next token.
+Accuracy is lm-eval's `acc`, zero-shot, on {each} items a task. AR% = (recovered - degraded) / |degraded - reference|
+in per cent, with a 95% interval from a paired bootstrap over items. Where the reference is not at least three paired
+standard errors above the degraded model, AR% would be noise divided by noise: it is not measurable, and the gap is
+shown. Measurable: the average over the benchmarks that pass.
+
+![KL over training](kl.png)
+
+![Accuracy](accuracy.png)
+
+![Accuracy recovery](recovery.png)"""
+
+
+def _effort(evidence: Evidence, summary: Mapping[str, Any]) -> str:
+    details = evidence.manifests["train"]["details"]
+    rows = [
+        ["tokens that carried loss, all epochs, and calibration", f"{summary['tokens']:,}"],
+        ["tokens generated", f"{summary['tokens_generated']:,}"],
+        ["trainable parameters", f"{summary['trainable_parameters']:,}"],
+        ["adapted modules", f"{details['adapted_modules']:,}"],
+        *([f"seconds, {stage}", f"{spent:,.1f}"] for stage, spent in summary["seconds"].items()),
+    ]
+    return "## What it took\n\n" + "\n".join(["| | |", "|---|---:|", *(f"| {a} | {b} |" for a, b in rows)])
+
+
+def _corpus(evidence: Evidence) -> str:
+    rows = []
+    for split in ("train", "held_out"):
+        part = evidence.corpus[split]
+        length = part["length"]
+        rows.append(
+            [
+                split.replace("_", "-"),
+                f"{part['samples']:,}",
+                f"{part['tokens']:,}",
+                f"{length['mean']:g} ({length['min']} to {length['max']})",
+                percent(part["end_of_text_rate"]),
+                percent(part["distinct_2"]),
+                percent(part["repeats_4"]),
+            ]
+        )
+    header = ("split", "samples", "tokens", "length", "ended", "distinct 2-grams", "repeated 4-grams")
+    return "## Synthetic corpus\n\n" + markdown_table(header, rows)
+
+
+def _damage(evidence: Evidence) -> str:
+    """How strong the damage was, where this run made it."""
+    if "degrade" not in evidence.manifests:
+        return ""
+    manifest = evidence.manifests["degrade"]
+    tensors: dict[str, dict[str, float]] = manifest["details"]["tensors"]
+    settings = ", ".join(f"{key}: {value}" for key, value in manifest["job"]["damage"].items() if value is not None)
+    first = next((name for name in tensors if "k_proj" in name), next(iter(tensors)))
+    relative = [change["relative_l2"] for change in tensors.values()]
+    return f"""\
+## Damage
+
+{settings}. {len(tensors)} tensors changed; their change relative to their own L2 norm is {min(relative):.3g} to
+{max(relative):.3g}, {sum(relative) / len(relative):.3g} on average. The first, `{first}`, changed by an L2 norm of
+{tensors[first]["l2"]:.2f} (compare Table 1 of the paper)."""
+
+
+def _use(job: ReportJob, evidence: Evidence) -> str:
+    base = evidence.manifests["train"]["inputs"]["degraded"]["path"]
+    return f"""\
+## Use the adapter
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+degraded = AutoModelForCausalLM.from_pretrained("{base}")
+recovered = PeftModel.from_pretrained(degraded, "{job.adapter.path}")
+```"""
+
+
+def _origin(job: ReportJob, evidence: Evidence) -> str:
+    """Artifacts, code and package versions of the training run."""
+    manifest = evidence.manifests["train"]
+    git = manifest["git"]
+    revision = git["revision"] or "unknown"
+    state = {True: ", with local changes", False: "", None: ""}[git["dirty"]]
+    versions = ", ".join(
+        f"{name} {manifest['versions'][name]}" for name in SHOWN_VERSIONS if name in manifest["versions"]
+    )
+    named = {"corpus": job.corpus, "adapter": job.adapter, "contexts": job.contexts, "degraded": job.degrade}
+    named |= {f"scores of the {model}": given for model, given in job.scores}
+    lines = [f"- {name}: `{given.path.name}`" for name, given in named.items() if given is not None]
+    lines += [
+        f"- reference: `{manifest['inputs']['reference']['path']}`",
+        f"- code: git revision {revision}{state}",
+        f"- versions: {versions}",
+        f"- seed: {job.seed}",
+    ]
+    return "## Where it came from\n\n" + "\n".join(lines)

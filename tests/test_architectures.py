@@ -1,0 +1,127 @@
+"""Every architecture of the paper through the whole pipeline, as a tiny random model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recovery.adapters import load_adapter
+from recovery.config import ModelInput
+from recovery.corpus import read_split
+from recovery.loss import forward_kl
+from recovery.measure import measure
+from recovery.models import final_hidden, head_of, load_model
+from recovery.vocabulary import load_vocabulary, used_width
+from tests.conftest import ARCHITECTURES
+from tests.pipeline import make_benchmarks, run_in_process, tiny_recipe
+
+
+@pytest.fixture(scope="module")
+def runs(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
+    folder = tmp_path_factory.mktemp("architectures")
+    data = make_benchmarks(folder / "data")
+    return {kind: run_in_process(tiny_recipe(models[kind], data), folder / kind) for kind in ARCHITECTURES}
+
+
+def model_at(folder: Path) -> Any:
+    return load_model(ModelInput(path=str(folder), digest=""), "float32")
+
+
+def ids(width: int) -> torch.Tensor:
+    return torch.randint(0, width, (3, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_held_out_kl_falls_by_half(runs: dict[str, dict[str, Path]], kind: str):
+    summary = json.loads((runs[kind]["report"] / "summary.json").read_text())
+    assert summary["kl"]["degraded"] > 0.02
+    assert summary["kl"]["recovery"] >= 0.5
+    assert summary["kl"]["recovery"] == pytest.approx(1 - summary["kl"]["recovered"] / summary["kl"]["degraded"])
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_merged_weights_equal_base_plus_adapter(runs: dict[str, dict[str, Path]], kind: str):
+    from peft import PeftModel
+
+    base = model_at(runs[kind]["degrade"])
+    before = {name: weight.clone() for name, weight in base.state_dict().items()}
+    adapted: Any = PeftModel.from_pretrained(base, runs[kind]["train"])  # plain PEFT, as any user would
+    tokens = ids(250)
+    with torch.no_grad():
+        unmerged = adapted(input_ids=tokens).logits
+        factors = {
+            name.removeprefix("base_model.model."): (module.lora_A["default"].weight, module.lora_B["default"].weight)
+            for name, module in adapted.named_modules()
+            if hasattr(module, "lora_A")
+        }
+        merged = adapted.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=tokens).logits, unmerged, rtol=1e-4, atol=1e-4)
+    after = merged.state_dict()
+    assert factors
+    for name, weight in before.items():
+        module = name.removesuffix(".weight")
+        change = factors[module][1] @ factors[module][0] if module in factors else torch.zeros(1)
+        torch.testing.assert_close(after[name], weight + change, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_training_path_equals_the_models_own_forward(runs: dict[str, dict[str, Path]], kind: str):
+    model = load_adapter(model_at(runs[kind]["degrade"]), runs[kind]["train"])
+    vocabulary = load_vocabulary(str(runs[kind]["degrade"]))
+    width = used_width(vocabulary, vocabulary)
+    assert width == len(vocabulary.tokens)
+    tokens = ids(width)
+    with torch.no_grad():
+        own = model(input_ids=tokens).logits[..., :width]
+        ours = head_of(model, width).logits(final_hidden(model, tokens).flatten(0, 1))
+    torch.testing.assert_close(ours, own.flatten(0, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_gradients_equal_autograd_through_the_models_own_logits(models: dict[str, Path], kind: str):
+    """The three-product loss against a dense float64-free oracle that knows nothing of hidden states."""
+    student, teacher = model_at(models[kind]), model_at(models[kind])
+    width, tokens = 200, ids(200)
+    weight = student.get_submodule("model.layers.0.self_attn.v_proj").weight
+    weight.requires_grad_()
+    with torch.no_grad():
+        weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+        reference_logits = teacher(input_ids=tokens).logits[..., :width]
+        reference = final_hidden(teacher, tokens).flatten(0, 1)
+    logits = student(input_ids=tokens).logits[..., :width]
+    dense = torch.nn.functional.kl_div(
+        torch.log_softmax(logits, -1), torch.log_softmax(reference_logits, -1), reduction="sum", log_target=True
+    )
+    (expected,) = torch.autograd.grad(dense, weight)
+    total, _ = forward_kl(
+        final_hidden(student, tokens).flatten(0, 1), head_of(student, width), reference, head_of(teacher, width)
+    )
+    (found,) = torch.autograd.grad(total, weight)
+    torch.testing.assert_close(total, dense, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_adapter_reproduces_the_scored_kl(runs: dict[str, dict[str, Path]], kind: str):
+    from peft import PeftModel
+
+    folders = runs[kind]
+    adapted: Any = PeftModel.from_pretrained(model_at(folders["degrade"]), folders["train"])
+    reference_folder = json.loads((folders["train"] / "manifest.json").read_text())["job"]["reference"]["path"]
+    vocabulary = load_vocabulary(reference_folder)
+    text = read_split(folders["generate"], "held_out")
+    found = measure(adapted, model_at(Path(reference_folder)), text, used_width(vocabulary, vocabulary), 320, "")
+    scored = json.loads((folders["report"] / "summary.json").read_text())["kl"]["recovered"]
+    assert found.kl == pytest.approx(scored, rel=1e-4)
+
+
+def test_bos_carries_no_loss_and_padding_of_the_head_no_mass(runs: dict[str, dict[str, Path]]):
+    assert read_split(runs["llama"]["generate"], "train").skip == 1
+    assert read_split(runs["qwen2"]["generate"], "train").skip == 0
+    tokens = read_split(runs["llama"]["generate"], "train")
+    assert all(tokens.row(position)[0] == 0 for position in range(len(tokens)))
+    assert int(read_split(runs["qwen2"]["generate"], "train").ids.max()) < 259

@@ -1,0 +1,146 @@
+"""The scorer against lm-eval's own HFLM and its evaluate(), on every architecture."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eval.scoring import ChoiceScorer, Context, batches
+from tests.conftest import ARCHITECTURES
+
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "while",
+    "dogs",
+    "ran",
+    "over",
+    "green",
+    "hills",
+    "and",
+    "sang",
+    "to",
+    "birds",
+]
+
+
+class Request:
+    """The part of lm-eval's Instance that a model reads."""
+
+    def __init__(self, context: str, continuation: str) -> None:
+        self.args = (context, continuation)
+
+
+def text(start: int, words: int) -> str:
+    return " ".join(WORDS[(start + step * 3) % len(WORDS)] for step in range(words))
+
+
+def requests() -> list[Any]:
+    """Contexts of many lengths (beyond the window and the sliding window too), choices of one token and of many."""
+    made = []
+    for number in range(5):
+        context = text(number, 1 + 3 * number) + (" " if number == 3 else "")
+        made += [Request(context, choice) for choice in (" a cat", " dogs ran over the hills", " b", " c")]
+    made += [Request("Answer", letter) for letter in "ABCD"]
+    made += [Request(text(0, 70), " " + text(3, 2)), Request(text(0, 70), "!"), Request("", " alone")]
+    return made
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer
+
+    from recovery.config import ModelInput
+    from recovery.models import load_model
+
+    model = load_model(ModelInput(path=str(folder), digest=""), "float32")
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def harness(model: Any, tokenizer: Any) -> Any:
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, softmax_dtype="float32")
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_scores_equal_those_of_lm_evals_own_model(models: dict[str, Path], kind: str):
+    model, tokenizer = load(models[kind])
+    assert len(tokenizer(text(0, 70)).input_ids) > model.config.max_position_embeddings
+    wanted = harness(model, tokenizer).loglikelihood(requests(), disable_tqdm=True)
+    for batch_tokens in (1, 400, 100_000):
+        found = ChoiceScorer(model, tokenizer, batch_tokens, "test").loglikelihood(requests(), disable_tqdm=True)
+        assert [pair[0] for pair in found] == pytest.approx([pair[0] for pair in wanted], abs=2e-4)
+        assert [pair[1] for pair in found] == [pair[1] for pair in wanted]
+
+
+def test_a_peft_adapter_is_part_of_the_score(models: dict[str, Path]):
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = load(models["llama"])
+    plain = ChoiceScorer(model, tokenizer, 512, "test").loglikelihood(requests(), disable_tqdm=True)
+    adapted: Any = get_peft_model(model, LoraConfig(r=4, target_modules=["k_proj"], init_lora_weights=False)).eval()
+    found = ChoiceScorer(adapted, tokenizer, 512, "test").loglikelihood(requests(), disable_tqdm=True)
+    wanted = harness(adapted, tokenizer).loglikelihood(requests(), disable_tqdm=True)
+    assert [pair[0] for pair in found] == pytest.approx([pair[0] for pair in wanted], abs=2e-4)
+    assert max(abs(a[0] - b[0]) for a, b in zip(found, plain, strict=True)) > 0.01
+
+
+def test_a_context_is_computed_once(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+    model, tokenizer = load(models["olmo"])
+    fed: list[torch.Size] = []
+    forward = model.forward
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        fed.append(named["input_ids"].shape)
+        return forward(*arguments, **named)
+
+    monkeypatch.setattr(model, "forward", counted)
+    scorer = ChoiceScorer(model, tokenizer, 4096, "test")
+    scorer.loglikelihood([Request("context" * 9, choice) for choice in ("abc", "abcdef", "z")], disable_tqdm=True)
+    assert fed == [(1, 63), (2, 5)]
+    fed.clear()
+    scorer.loglikelihood([Request("context" * 9, letter) for letter in "ABCD"], disable_tqdm=True)
+    assert fed == [(1, 63)]
+
+
+lengths = st.lists(
+    st.tuples(st.integers(1, 50), st.lists(st.integers(1, 9), min_size=1, max_size=4)), min_size=1, max_size=30
+)
+
+
+@given(lengths, st.integers(1, 400))
+def test_batches_hold_every_context_once_within_the_budget(shapes: list[tuple[int, list[int]]], budget: int):
+    contexts = [
+        Context(tuple([number] * length), [(0, [0] * size) for size in sizes])
+        for number, (length, sizes) in enumerate(shapes)
+    ]
+    made = list(batches(contexts, budget))
+    assert sorted(context.ids for batch in made for context in batch) == sorted(context.ids for context in contexts)
+    for batch in made:
+        assert len(batch[0].ids) == max(len(context.ids) for context in batch)
+        size = sum(context.rows for context in batch) * (len(batch[0].ids) + max(c.longest for c in batch))
+        assert len(batch) == 1 or size <= budget
+
+
+def test_a_batch_is_longest_first():
+    contexts = [Context(tuple([1] * length), [(0, [5])]) for length in (3, 9, 6)]
+    assert [[len(context.ids) for context in batch] for batch in batches(contexts, 10**6)] == [[9, 6, 3]]
+
+
+def test_scores_are_the_same_bits_again(models: dict[str, Path]):
+    model, tokenizer = load(models["qwen2"])
+    first, second = (
+        ChoiceScorer(model, tokenizer, 512, "test").loglikelihood(requests(), disable_tqdm=True) for _ in range(2)
+    )
+    assert first == second

@@ -1,0 +1,134 @@
+"""Training: resumed exactly after a kill at any step under every ZeRO stage; advice; refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import recovery.train
+from recovery.checkpoint import load_checkpoint, save_checkpoint
+from recovery.config import Train
+from recovery.errors import UserError
+from recovery.stage import build
+from recovery.train import advice, learning_rate
+from tests.pipeline import make_benchmarks, run_in_process, stages_of, tiny_recipe
+
+SHORT = {"epochs": 2, "checkpoint_every": 5, "evaluate_every": 6}
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing may handle it."""
+
+
+@pytest.fixture(scope="module")
+def prepared(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """(model, data, runs folder with everything before training)."""
+    folder = tmp_path_factory.mktemp("train")
+    data = make_benchmarks(folder / "data")
+    run_in_process(tiny_recipe(models["llama"], data), folder / "runs", until="contexts")
+    return models["llama"], data, folder / "runs"
+
+
+def train_with(prepared: tuple[Path, Path, Path], runs: Path, stop_after: int | None, **train: Any) -> Path:
+    """Train in a copy of the prepared runs; stop_after: end the process, as it were, after that many steps."""
+    model, data, source = prepared
+    if not runs.exists():
+        shutil.copytree(source, runs)
+    job = stages_of(tiny_recipe(model, data, train={**SHORT, **train}), runs)["train"].job
+    real = recovery.train.train_step
+
+    def step(run: recovery.train.Run, number: int) -> dict[str, float]:
+        if number == stop_after:
+            raise Killed
+        return real(run, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recovery.train, "train_step", step)
+        return build(job, recovery.train.produce, resumable=True)
+
+
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+
+
+@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3", "all of it partitioned"])
+def test_killed_and_resumed_equals_undisturbed(prepared: tuple[Path, Path, Path], tmp_path: Path, zero: str):
+    if not zero.startswith("zero"):
+        zero = str(tmp_path / "partitioned.json")
+        stage = {"stage": 3, "stage3_param_persistence_threshold": 0}
+        Path(zero).write_text(json.dumps({"zero_optimization": stage}))
+    undisturbed = train_with(prepared, tmp_path / "a", None, deepspeed=zero)
+    for stop in (3, 5, 12, 13):  # before the first checkpoint, right at one, between two, and soon after a restart
+        with pytest.raises(Killed):
+            train_with(prepared, tmp_path / "b", stop, deepspeed=zero)
+    resumed = train_with(prepared, tmp_path / "b", None, deepspeed=zero)
+    assert losses(resumed) == losses(undisturbed)
+    name = "adapter_model.safetensors"
+    assert (resumed / name).read_bytes() == (undisturbed / name).read_bytes()
+    held_out = [json.loads(line)["step"] for line in (resumed / "held_out.jsonl").read_text().splitlines()]
+    assert held_out == [json.loads(line)["step"] for line in (undisturbed / "held_out.jsonl").read_text().splitlines()]
+    assert not list(resumed.glob(".*"))
+
+
+def test_zero_stages_and_micro_batches_give_the_same_losses(prepared: tuple[Path, Path, Path], tmp_path: Path):
+    runs = [
+        losses(train_with(prepared, tmp_path / "a", None, deepspeed="zero1")),
+        losses(train_with(prepared, tmp_path / "a", None, deepspeed="zero3")),
+        losses(train_with(prepared, tmp_path / "a", None, micro_batch_tokens=40)),
+        losses(train_with(prepared, tmp_path / "a", None, activation_checkpointing=True)),
+    ]
+    for other in runs[1:]:
+        assert [loss for _, loss, _ in other] == pytest.approx([loss for _, loss, _ in runs[0]], rel=1e-3)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path):
+    import torch
+
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path / "c", step, {"weight/a": torch.full((3,), float(step))})
+    assert sorted(path.name for path in (tmp_path / "c").glob("*.safetensors")) == [
+        "step-00000002.safetensors",
+        "step-00000003.safetensors",
+    ]
+    last = tmp_path / "c" / "step-00000003.safetensors"
+    last.write_bytes(last.read_bytes()[:-1])
+    found = load_checkpoint(tmp_path / "c")
+    assert found is not None
+    assert found[0] == 2
+    assert found[1]["weight/a"].tolist() == [2.0, 2.0, 2.0]
+
+
+def test_a_corpus_of_another_vocabulary_is_refused(
+    prepared: tuple[Path, Path, Path], models: dict[str, Path], tmp_path: Path
+):
+    from recovery.config import ModelInput
+
+    _, data, runs = prepared
+    job = stages_of(tiny_recipe(models["llama"], data), runs)["train"].job
+    other = ModelInput(path=str(make_other(tmp_path / "other")), digest="other")
+    with pytest.raises(UserError, match="vocabulary differs from the reference's in 1 tokens, first: '<new>'"):
+        build(job.model_copy(update={"degraded": other}), recovery.train.produce, resumable=True)
+
+
+def make_other(folder: Path) -> Path:
+    from tests.conftest import make_model
+
+    return make_model(folder, "llama", extra=("<new>",))
+
+
+def test_schedule_warms_up_and_decays_linearly():
+    train = Train(learning_rate=1.0, warmup_steps=4)
+    rates = [learning_rate(step, 12, train) for step in range(12)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4:] == pytest.approx([1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
+
+
+def test_advice_names_rising_and_stagnating_kl():
+    assert advice([3.0, 2.0, 1.0]) is None
+    assert "risen" in str(advice([1.0, 1.1, 1.2]))
+    assert "stagnates" in str(advice([2.0, 1.0, 1.001, 0.999, 1.0]))
