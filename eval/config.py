@@ -33,8 +33,8 @@ class Evaluate(Config):
     data_dir: str | None = None
     """Folder with the benchmark data; the model hub's datasets unless given."""
     batch_tokens: PositiveInt | None = None
-    """Most tokens of one scoring batch, a context counted once for each of its choices. Unless given, 512 on a CPU,
-    where padding costs more than small batches do, and 16384 elsewhere."""
+    """Most tokens, padding counted, of one scoring batch. Unless given, 256 on a CPU, where padding costs more than
+    small batches do, and 8192 elsewhere."""
     bootstrap: PositiveInt = 10000
     """Bootstrap draws behind the intervals of AR%."""
     contexts: NonNegativeInt = 32

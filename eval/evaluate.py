@@ -25,8 +25,8 @@ from recovery.stage import run_stage
 
 log = logging.getLogger("recover-lora")
 
-CPU_BATCH_TOKENS = 512
-DEVICE_BATCH_TOKENS = 16384
+CPU_BATCH_TOKENS = 256
+DEVICE_BATCH_TOKENS = 8192
 MEASURE_TOKENS = 2048
 """Tokens of one forward pass when the divergence is measured."""
 
@@ -47,7 +47,7 @@ def score_items(items: Items, model: Any, tokenizer: Any, batch_tokens: int) -> 
         for position, document in enumerate(items.documents)
     ]
     scorer = ChoiceScorer(model, tokenizer, batch_tokens, name)
-    answers = iter(scorer.loglikelihood([request for group in requests for request in group]))
+    answers = iter(scorer.loglikelihood([request for group in requests for request in group], disable_tqdm=True))
     records: list[Item] = []
     for doc_id, document, group in zip(items.doc_ids, items.documents, requests, strict=True):
         metrics = task.process_results(document, [next(answers) for _ in group])

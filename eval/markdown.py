@@ -90,15 +90,23 @@ def _damage(evidence: Evidence) -> str:
         return ""
     manifest = evidence.manifests["degrade"]
     tensors: dict[str, dict[str, float]] = manifest["details"]["tensors"]
-    settings = ", ".join(f"{key}: {value}" for key, value in manifest["job"]["damage"].items() if value is not None)
+    settings = ", ".join(
+        f"{key}: {_value(value)}" for key, value in manifest["job"]["damage"].items() if value is not None
+    )
     first = next((name for name in tensors if "k_proj" in name), next(iter(tensors)))
     relative = [change["relative_l2"] for change in tensors.values()]
     return f"""\
 ## Damage
 
-{settings}. {len(tensors)} tensors changed; their change relative to their own L2 norm is {min(relative):.3g} to
-{max(relative):.3g}, {sum(relative) / len(relative):.3g} on average. The first, `{first}`, changed by an L2 norm of
+{settings}.
+
+{len(tensors)} tensors changed, by {min(relative):.3g} to {max(relative):.3g} times their own L2 norm
+({sum(relative) / len(relative):.3g} on average). The first, `{first}`, changed by an L2 norm of
 {tensors[first]["l2"]:.2f} (compare Table 1 of the paper)."""
+
+
+def _value(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _use(job: ReportJob, evidence: Evidence) -> str:

@@ -19,7 +19,6 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from torch import Tensor
-from tqdm import tqdm
 
 from recovery.progress import progress
 
@@ -35,25 +34,29 @@ class Context:
     choices: list[tuple[int, list[int]]] = field(default_factory=list)
 
     @property
-    def rows(self) -> int:
-        """Sequences it takes in a batch: itself, or its choices of more than one token."""
-        return max(1, sum(len(ids) > 1 for _, ids in self.choices))
+    def continued(self) -> list[int]:
+        """Lengths, less their last token, of the choices of more than one token."""
+        return [len(ids) - 1 for _, ids in self.choices if len(ids) > 1]
 
     @property
-    def longest(self) -> int:
-        return max(len(ids) for _, ids in self.choices)
+    def tokens(self) -> int:
+        """Tokens that are fed to the model, without padding."""
+        return len(self.ids) + sum(self.continued)
 
 
 def batches(contexts: Sequence[Context], batch_tokens: int) -> Iterator[list[Context]]:
-    """Contexts by falling length, in batches of at most `batch_tokens` tokens of keys and values (one at least)."""
+    """Contexts by falling length, in batches that feed at most `batch_tokens` tokens, padding counted (but one at
+    least). Keys and values are held for as many, times the number of choices."""
+    order = sorted(contexts, key=lambda context: (-len(context.ids), -max(context.continued, default=0), context.ids))
     batch: list[Context] = []
     rows = longest = 0
-    for context in sorted(contexts, key=lambda context: (-len(context.ids), -context.longest, context.ids)):
-        rows += context.rows
-        longest = max(longest, context.longest)
-        if batch and rows * (len(batch[0].ids) + longest) > batch_tokens:
+    for context in order:
+        rows += len(context.continued)
+        longest = max([longest, *context.continued])
+        if batch and (len(batch) + 1) * len(batch[0].ids) + rows * longest > batch_tokens:
             yield batch
-            batch, rows, longest = [], context.rows, context.longest
+            batch = []
+            rows, longest = len(context.continued), max(context.continued, default=0)
         batch.append(context)
     if batch:
         yield batch
@@ -62,10 +65,11 @@ def batches(contexts: Sequence[Context], batch_tokens: int) -> Iterator[list[Con
 class ChoiceScorer(TemplateLM):
     """An lm-eval language model that answers `loglikelihood` requests.
 
-    model: causal LM of transformers or PEFT, in eval mode. batch_tokens: see `batches`. description: the bar's text.
+    model: causal LM of transformers or PEFT, in eval mode. batch_tokens: see `batches`. description: the text of the
+    progress bar; None for no bar.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_tokens: int, description: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, batch_tokens: int, description: str | None = None) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
@@ -89,22 +93,22 @@ class ChoiceScorer(TemplateLM):
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
-    def _loglikelihood_tokens(
-        self, requests: list[Encoded], disable_tqdm: bool = False, **_: Any
-    ) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: list[Encoded], **_: Any) -> list[tuple[float, bool]]:
         """(log-probability of the continuation, whether greedy decoding would produce it) of every request."""
         groups: dict[tuple[int, ...], Context] = {}
         for number, (_texts, context_ids, choice_ids) in enumerate(requests):
             # What does not fit is cut from the left, as lm-eval does; the last token is never fed.
             kept = tuple(context_ids[-max(1, self.max_length + 1 - len(choice_ids)) :])
             groups.setdefault(kept, Context(kept)).choices.append((number, choice_ids))
+        contexts = list(groups.values())
+        bar = (
+            progress(sum(context.tokens for context in contexts), "tok", self.description) if self.description else None
+        )
         answers: dict[int, tuple[float, bool]] = {}
-        bar: tqdm[Any] | None = None if disable_tqdm else progress(len(requests), "choice", self.description)
-        for batch in batches(list(groups.values()), self.batch_tokens):
-            scored = self._score(batch)
-            answers |= scored
+        for batch in batches(contexts, self.batch_tokens):
+            answers |= self._score(batch)
             if bar is not None:
-                bar.update(len(scored))
+                bar.update(sum(context.tokens for context in batch))
         if bar is not None:
             bar.close()
         return [answers[number] for number in range(len(requests))]
@@ -124,12 +128,13 @@ class ChoiceScorer(TemplateLM):
             use_cache=True,
             logits_to_keep=1,
         )
-        first_NV = output.logits[:, -1].float().log_softmax(-1)
+        first_NV = output.logits[:, -1]
         rest = self._continue(batch, output.past_key_values, mask_NP, lengths_N)
         answers: dict[int, tuple[float, bool]] = {}
         for row, context in enumerate(batch):
             for number, ids in context.choices:
-                logprobs_LV = torch.cat([first_NV[row : row + 1], *rest.get(number, [])])
+                logits_LV = torch.cat([first_NV[row : row + 1], *rest.get(number, [])])
+                logprobs_LV = logits_LV.float().log_softmax(-1)
                 ids_L = torch.tensor(ids, device=device)
                 chosen = logprobs_LV.gather(1, ids_L[:, None]).sum()
                 answers[number] = (float(chosen), bool((logprobs_LV.argmax(-1) == ids_L).all()))
@@ -138,7 +143,7 @@ class ChoiceScorer(TemplateLM):
     def _continue(
         self, batch: list[Context], cache: Any, mask_NP: Tensor, lengths_N: Tensor
     ) -> dict[int, list[Tensor]]:
-        """Log-probabilities (L - 1, V) after the first token of every choice of L > 1 tokens, by request."""
+        """Logits (L - 1, V) after the first token of every choice of L > 1 tokens, by request."""
         device = self.model.device
         owners: list[int] = []
         choices: list[tuple[int, list[int]]] = []
@@ -161,10 +166,7 @@ class ChoiceScorer(TemplateLM):
             past_key_values=cache,
             use_cache=True,
         ).logits
-        return {
-            number: [logits_RCV[row, : len(ids) - 1].float().log_softmax(-1)]
-            for row, (number, ids) in enumerate(choices)
-        }
+        return {number: [logits_RCV[row, : len(ids) - 1]] for row, (number, ids) in enumerate(choices)}
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         raise NotImplementedError("no task of ours asks for the likelihood of whole texts")

@@ -93,6 +93,7 @@ def benchmark_data(data_dir: Path, tasks: Sequence[str], memory: HashMemory) -> 
 
     Raises UserErrors, one line for each task whose data are missing.
     """
+    data_dir = data_dir.expanduser().resolve()
     if not data_dir.is_dir():
         raise UserError("evaluate.data_dir", f"no folder {data_dir}", "give the folder of the data or leave it out")
     listing: dict[str, str] = {}

@@ -9,9 +9,12 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+
+torch.set_num_threads(1)  # more cost tiny models more than they give
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("llama", "olmo", "gemma2", "qwen2")

@@ -79,7 +79,7 @@ def test_interval_agrees_with_a_bootstrap_by_index_over_two_tasks():
     drawn = []
     for _ in range(20_000):
         means = np.zeros(3)
-        for name, outcome in tasks.items():
+        for outcome in tasks.values():
             rows = generator.integers(0, len(outcome.reference), len(outcome.reference))
             means += 0.5 * np.array(
                 [outcome.reference[rows].mean(), outcome.degraded[rows].mean(), outcome.recovered[rows].mean()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -71,7 +71,7 @@ def run(job: EvaluateJob) -> Path:
 def test_scores_equal_lm_evals_evaluate(models: dict[str, Path], data: BenchmarkData, tmp_path: Path):
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models import huggingface
     from transformers import AutoTokenizer
 
     from recovery.models import load_model
@@ -79,11 +79,11 @@ def test_scores_equal_lm_evals_evaluate(models: dict[str, Path], data: Benchmark
     folder = run(job_for(tmp_path / "scores", models["llama"], data))
     scores = read_json(folder / "scores.json")
     tokenizer = AutoTokenizer.from_pretrained(models["llama"])
-    harness = HFLM(
+    harness = cast(Any, huggingface).HFLM(
         pretrained=load_model(model_input(models["llama"]), "float32"), tokenizer=tokenizer, softmax_dtype="float32"
     )
     tasks = {name: load_items(name, 3, 6, data.path).task for name in TASKS}
-    wanted: Any = lm_eval.evaluate(harness, {"tasks": tasks}, bootstrap_iters=0, verbosity="ERROR")
+    wanted = cast(Any, lm_eval).evaluate(harness, {"tasks": tasks}, bootstrap_iters=0, verbosity="ERROR")
     for name in TASKS:
         result = wanted["results"][name]
         assert scores[name]["acc"] == result["acc,none"]

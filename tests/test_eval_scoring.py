@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -68,9 +68,9 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 def harness(model: Any, tokenizer: Any) -> Any:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models import huggingface
 
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, softmax_dtype="float32")
+    return cast(Any, huggingface).HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, softmax_dtype="float32")
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -79,7 +79,7 @@ def test_scores_equal_those_of_lm_evals_own_model(models: dict[str, Path], kind:
     assert len(tokenizer(text(0, 70)).input_ids) > model.config.max_position_embeddings
     wanted = harness(model, tokenizer).loglikelihood(requests(), disable_tqdm=True)
     for batch_tokens in (1, 400, 100_000):
-        found = ChoiceScorer(model, tokenizer, batch_tokens, "test").loglikelihood(requests(), disable_tqdm=True)
+        found = ChoiceScorer(model, tokenizer, batch_tokens).loglikelihood(requests(), disable_tqdm=True)
         assert [pair[0] for pair in found] == pytest.approx([pair[0] for pair in wanted], abs=2e-4)
         assert [pair[1] for pair in found] == [pair[1] for pair in wanted]
 
@@ -88,9 +88,9 @@ def test_a_peft_adapter_is_part_of_the_score(models: dict[str, Path]):
     from peft import LoraConfig, get_peft_model
 
     model, tokenizer = load(models["llama"])
-    plain = ChoiceScorer(model, tokenizer, 512, "test").loglikelihood(requests(), disable_tqdm=True)
+    plain = ChoiceScorer(model, tokenizer, 512).loglikelihood(requests(), disable_tqdm=True)
     adapted: Any = get_peft_model(model, LoraConfig(r=4, target_modules=["k_proj"], init_lora_weights=False)).eval()
-    found = ChoiceScorer(adapted, tokenizer, 512, "test").loglikelihood(requests(), disable_tqdm=True)
+    found = ChoiceScorer(adapted, tokenizer, 512).loglikelihood(requests(), disable_tqdm=True)
     wanted = harness(adapted, tokenizer).loglikelihood(requests(), disable_tqdm=True)
     assert [pair[0] for pair in found] == pytest.approx([pair[0] for pair in wanted], abs=2e-4)
     assert max(abs(a[0] - b[0]) for a, b in zip(found, plain, strict=True)) > 0.01
@@ -106,7 +106,7 @@ def test_a_context_is_computed_once(models: dict[str, Path], monkeypatch: pytest
         return forward(*arguments, **named)
 
     monkeypatch.setattr(model, "forward", counted)
-    scorer = ChoiceScorer(model, tokenizer, 4096, "test")
+    scorer: Any = ChoiceScorer(model, tokenizer, 4096)
     scorer.loglikelihood([Request("context" * 9, choice) for choice in ("abc", "abcdef", "z")], disable_tqdm=True)
     assert fed == [(1, 63), (2, 5)]
     fed.clear()
@@ -129,8 +129,9 @@ def test_batches_hold_every_context_once_within_the_budget(shapes: list[tuple[in
     assert sorted(context.ids for batch in made for context in batch) == sorted(context.ids for context in contexts)
     for batch in made:
         assert len(batch[0].ids) == max(len(context.ids) for context in batch)
-        size = sum(context.rows for context in batch) * (len(batch[0].ids) + max(c.longest for c in batch))
-        assert len(batch) == 1 or size <= budget
+        continued = [length for context in batch for length in context.continued]
+        fed = len(batch) * len(batch[0].ids) + len(continued) * max([0, *continued])
+        assert len(batch) == 1 or fed <= budget
 
 
 def test_a_batch_is_longest_first():
@@ -140,7 +141,5 @@ def test_a_batch_is_longest_first():
 
 def test_scores_are_the_same_bits_again(models: dict[str, Path]):
     model, tokenizer = load(models["qwen2"])
-    first, second = (
-        ChoiceScorer(model, tokenizer, 512, "test").loglikelihood(requests(), disable_tqdm=True) for _ in range(2)
-    )
+    first, second = (ChoiceScorer(model, tokenizer, 512).loglikelihood(requests(), disable_tqdm=True) for _ in range(2))
     assert first == second

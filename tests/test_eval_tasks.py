@@ -165,7 +165,7 @@ def test_the_digest_is_of_the_files_that_are_read(data: Path, tmp_path: Path):
     assert benchmark_data(copy, PAPER, HashMemory(None)).digest != whole.digest
 
 
-def test_missing_data_are_told_task_by_task(data: Path, tmp_path: Path):
+def test_missing_data_are_told_task_by_task(tmp_path: Path):
     with pytest.raises(UserError, match=r"evaluate\.data_dir: no folder .*gone"):
         benchmark_data(tmp_path / "gone", ["piqa"], HashMemory(None))
     (tmp_path / "piqa").mkdir()
@@ -177,11 +177,11 @@ def test_missing_data_are_told_task_by_task(data: Path, tmp_path: Path):
     assert "mmlu_no_train/astronomy/test" in lines[1]
 
 
-def test_truncated_data_are_refused_by_name(data: Path, tmp_path: Path):
+def test_truncated_data_are_refused_by_name(tmp_path: Path):
     copy = make_all(tmp_path / "data")
     shard = next((copy / "piqa").rglob("*.arrow"))
     shard.write_bytes(shard.read_bytes()[:200])
-    with pytest.raises(UserError, match="piqa.*not readable as Arrow"):
+    with pytest.raises(UserError, match=r"piqa.*not readable as Arrow"):
         load_items("piqa", 0, None, copy)
 
 
