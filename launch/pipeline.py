@@ -13,7 +13,7 @@ from pathlib import Path
 from launch.cluster import Cluster
 from launch.resolve import Stage
 from recovery.artifacts import REPOSITORY
-from recovery.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
+from recovery.errors import EXIT_INTERRUPTED, UserError
 from recovery.files import HashMemory, write_atomic
 from recovery.stage import PARENT_WATCH, check_reusable
 
@@ -89,6 +89,3 @@ def dry_run(stages: list[Stage], run_folder: Path, cluster: Cluster) -> str:
         parts.append(f"# {stage.label}: {state}\n$ {shlex.join(command_of(stage, job_file, cluster))}")
         parts.append(f"# {job_file}\n{stage.job.to_json()}")
     return "\n".join(parts)
-
-
-__all__ = ["EXIT_DONE", "command_of", "dry_run", "is_finished", "link", "missing_inputs", "run_stage_process"]
