@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml requirements/core.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned dependencies into $(VENV) (2 to 4 minutes)"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check pip==$(PIP_VERSION)
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile \
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-compile \
 	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c requirements/core.txt -e '.[dev]'
 	@$(BIN)/python -c 'import $(USED)' > $(VENV)/imports.log 2>&1 || { cat $(VENV)/imports.log; exit 1; }
 	@touch $@

@@ -16,7 +16,7 @@ from datagen.config import GenerateJob
 from datagen.embedded import EmbeddedEngine
 from datagen.sampling import SamplingPlan, bos_id, eligible_ids, stop_ids
 from recovery.artifacts import Workspace
-from recovery.corpus import SUMMARY, Split, read_rows, summarize, write_shard
+from recovery.corpus import SUMMARY, TOKENIZER, Split, read_rows, summarize, write_shard
 from recovery.errors import DamagedArtifact
 from recovery.files import write_json
 from recovery.models import load_model, quiet_libraries
@@ -89,7 +89,7 @@ def produce(job: GenerateJob, workspace: Workspace) -> dict[str, Any]:
     counts: dict[Split, int] = {"train": settings.samples, "held_out": settings.held_out_samples}
     for split in get_args(Split):
         fill(workspace, split, counts[split], engine, SamplingPlan(job.seed, split, eligible))
-    tokenizer.save_pretrained(workspace.path / "tokenizer")
+    tokenizer.save_pretrained(workspace.path / TOKENIZER)
     summary = describe(workspace.path)
     summary.update(skip=0 if bos is None else 1, bos_token_id=bos, eligible_start_tokens=len(eligible))
     write_json(workspace.path / SUMMARY, summary)

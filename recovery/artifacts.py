@@ -25,6 +25,7 @@ from recovery.files import HashMemory, read_json, sync_folder, write_json
 
 MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = 1
+LOCK_SECONDS = 5.0
 PACKAGES = (
     "torch",
     "transformers",
@@ -104,6 +105,18 @@ def verify(folder: Path, memory: HashMemory | None = None) -> dict[str, Any]:
     return manifest
 
 
+def _lock_soon(file: IO[str], artifact: Path) -> None:
+    """Lock within seconds: a stage whose launcher was just killed needs a moment to notice and end."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise UserError(str(artifact), "another process is building it", "wait for that one to end") from error
+            time.sleep(0.2)
+
+
 class Workspace:
     """The folder in which a stage builds its artifact.
 
@@ -125,12 +138,8 @@ class Workspace:
 
     def __enter__(self) -> Workspace:
         self.final.parent.mkdir(parents=True, exist_ok=True)
-        lock_path = self.final.with_name(f".{self.final.name}.lock")
-        self._lock = lock_path.open("a")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(str(self.final), "another process is building it", "wait for that one to end") from error
+        self._lock = self.final.with_name(f".{self.final.name}.lock").open("a")
+        _lock_soon(self._lock, self.final)
         if self.path.exists() and not self.resumable:
             shutil.rmtree(self.path)
         self.path.mkdir(exist_ok=True)
@@ -146,8 +155,7 @@ class Workspace:
         if kind is not None and self.path.exists() and not (self.resumable and any(self.path.iterdir())):
             shutil.rmtree(self.path)
         if self._lock is not None:
-            self.final.with_name(f".{self.final.name}.lock").unlink(missing_ok=True)
-            self._lock.close()
+            self._lock.close()  # the empty file stays: removing it could let two others lock different files
 
     @property
     def seconds(self) -> float:

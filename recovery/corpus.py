@@ -26,6 +26,7 @@ from recovery.errors import DamagedArtifact, UserError
 from recovery.files import read_json, write_atomic
 
 SUMMARY = "summary.json"
+TOKENIZER = "tokenizer"
 Split = Literal["train", "held_out"]
 FinishReason = Literal["length", "stop"]
 SCHEMA = pa.schema(

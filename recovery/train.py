@@ -26,7 +26,7 @@ from recovery.artifacts import Workspace
 from recovery.batches import Step, collate, plan_epoch
 from recovery.checkpoint import load_checkpoint, save_checkpoint
 from recovery.config import Train, TrainJob
-from recovery.corpus import Tokens, check_ids, read_split
+from recovery.corpus import TOKENIZER, Tokens, check_ids, read_split
 from recovery.engine import Engine, Student, start_distributed
 from recovery.measure import HeldOut, Measurement
 from recovery.models import TORCH_DTYPES, check_training_path, device, load_model
@@ -34,7 +34,7 @@ from recovery.progress import progress
 from recovery.stage import run_stage
 from recovery.teacher import OnlineTeacher, TeacherSignal
 from recovery.tracking import Tracker
-from recovery.vocabulary import load_vocabulary, used_width
+from recovery.vocabulary import compare, load_vocabulary, used_width
 
 log = logging.getLogger("recover-lora")
 CHECKPOINTS = ".checkpoints"
@@ -80,10 +80,9 @@ class Run:
 
 
 def set_up(job: TrainJob, folder: Path, rank: int, ranks: int, tracker: Tracker) -> Run:
-    width = used_width(
-        load_vocabulary(job.reference.path, job.reference.revision),
-        load_vocabulary(job.degraded.path, job.degraded.revision),
-    )
+    vocabulary = load_vocabulary(job.reference.path, job.reference.revision)
+    width = used_width(vocabulary, load_vocabulary(job.degraded.path, job.degraded.revision))
+    compare(vocabulary, load_vocabulary(str(job.corpus.path / TOKENIZER), model=False), str(job.corpus.path))
     tokens = read_split(job.corpus.path, "train")
     check_ids(tokens, width, str(job.corpus.path))
     reference = load_model(job.reference, job.dtype)

@@ -27,18 +27,23 @@ class Vocabulary:
         return max(self.tokens.values()) + 1
 
 
-def load_vocabulary(path: str, revision: str | None = None) -> Vocabulary:
-    """The vocabulary of a model folder or hub id. Raises UserError when there is no tokenizer or config."""
+def load_vocabulary(path: str, revision: str | None = None, *, model: bool = True) -> Vocabulary:
+    """The vocabulary of a model folder or hub id, or of a tokenizer alone (model=False: no head to be padded).
+
+    Raises UserError when there is no tokenizer or config.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision)
-        config = AutoConfig.from_pretrained(path, revision=revision)
+        config = AutoConfig.from_pretrained(path, revision=revision) if model else None
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(path, f"its tokenizer or config cannot be read ({first})", "give a complete model") from error
     special = {name: getattr(tokenizer, name, None) for name in SPECIAL}
-    return Vocabulary(tokenizer.get_vocab(), special, int(config.get_text_config().vocab_size))
+    tokens = tokenizer.get_vocab()
+    width = max(tokens.values()) + 1 if config is None else int(config.get_text_config().vocab_size)
+    return Vocabulary(tokens, special, width)
 
 
 def used_width(reference: Vocabulary, degraded: Vocabulary, where: str = "models.degraded") -> int:

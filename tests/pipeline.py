@@ -77,6 +77,11 @@ def stages_of(recipe: Recipe, runs_dir: Path) -> dict[str, Stage]:
     return {stage.label: stage for stage in build_stages(recipe, names, LOCAL, runs_dir)}
 
 
+def job_of(recipe: Recipe, runs_dir: Path, label: str) -> Any:
+    """One stage's job; its class is the stage's own."""
+    return stages_of(recipe, runs_dir)[label].job
+
+
 RESUMABLE = {"generate", "train", "evaluate"}
 
 

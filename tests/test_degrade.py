@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import recovery.degrade
 from recovery.stage import build
 from tests.conftest import ARCHITECTURES
-from tests.pipeline import make_benchmarks, stages_of, tiny_recipe
+from tests.pipeline import job_of, make_benchmarks, tiny_recipe
 
 FIRST = "model.layers.0.self_attn.k_proj.weight"
 
@@ -20,7 +20,7 @@ FIRST = "model.layers.0.self_attn.k_proj.weight"
 def degrade(model: Path, folder: Path, seed: int = 0, **strength: object) -> Path:
     data = make_benchmarks(folder / "data")
     recipe = tiny_recipe(model, data, degrade={"relative_std": None, **strength}, seed=seed)
-    return build(stages_of(recipe, folder / "runs")["degrade"].job, recovery.degrade.produce, resumable=False)
+    return build(job_of(recipe, folder / "runs", "degrade"), recovery.degrade.produce, resumable=False)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -19,7 +19,7 @@ from recovery.corpus import read_rows
 from recovery.models import load_model
 from recovery.stage import build
 from tests.conftest import ARCHITECTURES, make_tokenizer
-from tests.pipeline import make_benchmarks, stages_of, tiny_recipe
+from tests.pipeline import job_of, make_benchmarks, tiny_recipe
 
 
 def generate(model: Path, runs: Path, **settings: Any) -> list[dict[str, Any]]:
@@ -28,7 +28,7 @@ def generate(model: Path, runs: Path, **settings: Any) -> list[dict[str, Any]]:
     if not data.exists():
         make_benchmarks(data)
     recipe = tiny_recipe(model, data, generate={"samples": 20, "batch_samples": 8, "held_out_samples": 8, **settings})
-    folder = build(stages_of(recipe, runs)["generate"].job, datagen.generate.produce, resumable=True)
+    folder = build(job_of(recipe, runs, "generate"), datagen.generate.produce, resumable=True)
     return [row for shard in sorted((folder / "train").iterdir()) for row in read_rows(shard)]
 
 
@@ -103,7 +103,9 @@ def test_samples_do_not_depend_on_when_others_end(tiny: Path):
     assert {sample.finish_reason for sample in often} == {"stop", "length"}
     for ended, free in zip(often, never, strict=True):
         assert free.tokens[: len(ended.tokens)] == ended.tokens
-        assert ended.finish_reason == ("stop" if len(ended.tokens) < 30 or ended.tokens[-1] in range(3, 10) else "length")
+        assert ended.finish_reason == (
+            "stop" if len(ended.tokens) < 30 or ended.tokens[-1] in range(3, 10) else "length"
+        )
 
 
 def test_start_tokens_run_through_all_eligible_ids():

@@ -15,7 +15,7 @@ from recovery.config import Train
 from recovery.errors import UserError
 from recovery.stage import build
 from recovery.train import advice, learning_rate
-from tests.pipeline import make_benchmarks, run_in_process, stages_of, tiny_recipe
+from tests.pipeline import job_of, make_benchmarks, run_in_process, tiny_recipe
 
 SHORT = {"epochs": 2, "checkpoint_every": 5, "evaluate_every": 6}
 
@@ -38,7 +38,7 @@ def train_with(prepared: tuple[Path, Path, Path], runs: Path, stop_after: int | 
     model, data, source = prepared
     if not runs.exists():
         shutil.copytree(source, runs)
-    job = stages_of(tiny_recipe(model, data, train={**SHORT, **train}), runs)["train"].job
+    job = job_of(tiny_recipe(model, data, train={**SHORT, **train}), runs, "train")
     real = recovery.train.train_step
 
     def step(run: recovery.train.Run, number: int) -> dict[str, float]:
@@ -109,7 +109,7 @@ def test_a_corpus_of_another_vocabulary_is_refused(
     from recovery.config import ModelInput
 
     _, data, runs = prepared
-    job = stages_of(tiny_recipe(models["llama"], data), runs)["train"].job
+    job = job_of(tiny_recipe(models["llama"], data), runs, "train")
     other = ModelInput(path=str(make_other(tmp_path / "other")), digest="other")
     with pytest.raises(UserError, match="vocabulary differs from the reference's in 1 tokens, first: '<new>'"):
         build(job.model_copy(update={"degraded": other}), recovery.train.produce, resumable=True)
