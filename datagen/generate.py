@@ -16,7 +16,7 @@ from datagen.config import GenerateJob
 from datagen.embedded import EmbeddedEngine
 from datagen.sampling import SamplingPlan, bos_id, eligible_ids, stop_ids
 from recovery.artifacts import Workspace
-from recovery.corpus import SUMMARY, TOKENIZER, Split, read_rows, summarize, write_shard
+from recovery.corpus import SUMMARY, TOKENIZER, Split, describe_split, read_rows, write_shard
 from recovery.errors import DamagedArtifact
 from recovery.files import write_json
 from recovery.models import load_model, quiet_libraries
@@ -90,7 +90,7 @@ def produce(job: GenerateJob, workspace: Workspace) -> dict[str, Any]:
     for split in get_args(Split):
         fill(workspace, split, counts[split], engine, SamplingPlan(job.seed, split, eligible))
     tokenizer.save_pretrained(workspace.path / TOKENIZER)
-    summary = describe(workspace.path)
+    summary: dict[str, Any] = {split: describe_split(workspace.path / split) for split in get_args(Split)}
     summary.update(skip=0 if bos is None else 1, bos_token_id=bos, eligible_start_tokens=len(eligible))
     write_json(workspace.path / SUMMARY, summary)
     train = summary["train"]
@@ -104,17 +104,6 @@ def produce(job: GenerateJob, workspace: Workspace) -> dict[str, Any]:
         "batch_invariant": False,
         "engine": settings.engine,
     }
-
-
-def describe(corpus: Path) -> dict[str, Any]:
-    """The summary of both splits."""
-    summary: dict[str, Any] = {}
-    for split in get_args(Split):
-        rows = [row for shard in sorted((corpus / split).glob("shard-*.parquet")) for row in read_rows(shard)]
-        texts = [row["tokens"] for row in rows]
-        summary[split] = summarize(texts, sum(row["finish_reason"] == "stop" for row in rows))
-        summary[split]["start_tokens"] = len({row["start_token"] for row in rows})
-    return summary
 
 
 if __name__ == "__main__":

@@ -75,7 +75,8 @@ def execute(
     for stage in stages:
         if only not in (None, stage.command):
             continue
-        if stage.label in {other.label for other in todo}:
+        # Looked at again: a stage before it may just have been made anew, from which this one was not made.
+        if not is_finished(stage, memory):
             code = run_stage_process(stage, run_folder, cluster)
             if code != EXIT_DONE:
                 return code if code > 0 else EXIT_FAILED

@@ -9,6 +9,7 @@ from pydantic import Field, PositiveInt
 
 from launch.recipe import load_config
 from recovery.config import Config, Dtype
+from recovery.environment import may_have_gpu
 from recovery.errors import UserError
 
 FOLDER = Path(__file__).resolve().parent / "clusters"
@@ -42,8 +43,8 @@ def compute_dtype(wanted: Dtype | Literal["auto"], cluster: Cluster) -> Dtype:
 
 
 def _has_gpu() -> bool:
-    if not any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/kfd", "/dev/dxg")):
-        return False  # the driver's device files tell without the seconds that importing torch takes
+    if not may_have_gpu():
+        return False
     import torch
 
     return torch.cuda.is_available()

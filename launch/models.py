@@ -11,6 +11,7 @@ from recovery.config import ModelInput
 from recovery.errors import UserError
 from recovery.files import HashMemory, read_json
 
+TOKENIZER_AND_CONFIG = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -44,10 +45,10 @@ def _local(folder: Path, where: str, memory: HashMemory) -> ModelInput:
         raise UserError(where, f"no *.safetensors in {folder}", "save the model as safetensors")
     for path in weights:
         _check_safetensors(path, where)
-    files = sorted([*weights, *folder.glob("*.json"), *folder.glob("*.model"), *folder.glob("*.jinja")])
+    files = sorted([*weights, *(path for pattern in TOKENIZER_AND_CONFIG for path in folder.glob(pattern))])
     listing = {path.name: memory.sha256(path) for path in files if path.name != "manifest.json"}
     digest = hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
-    return ModelInput(path=str(folder), digest=digest)
+    return ModelInput(path=str(folder.resolve()), digest=digest)
 
 
 def _check_safetensors(path: Path, where: str) -> None:
@@ -62,7 +63,7 @@ def _check_safetensors(path: Path, where: str) -> None:
 
 def _hub(value: str, revision: str | None, where: str) -> ModelInput:
     from huggingface_hub import HfApi, scan_cache_dir
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import CacheNotFound, HfHubHTTPError
 
     try:
         info: Any = HfApi().model_info(value, revision=revision, timeout=10)
@@ -80,7 +81,7 @@ def _hub(value: str, revision: str | None, where: str) -> ModelInput:
     except Exception as error:
         try:
             cached = [repo for repo in scan_cache_dir().repos if repo.repo_id == value and repo.repo_type == "model"]
-        except OSError:
+        except (OSError, CacheNotFound):
             cached = []
         if not cached:
             raise UserError(

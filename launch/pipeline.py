@@ -15,7 +15,7 @@ from launch.resolve import Stage
 from recovery.artifacts import REPOSITORY
 from recovery.errors import EXIT_INTERRUPTED, UserError
 from recovery.files import HashMemory, write_atomic
-from recovery.stage import PARENT_WATCH, check_reusable
+from recovery.stage import LAUNCHER, check_reusable
 
 
 def command_of(stage: Stage, job_file: Path, cluster: Cluster) -> list[str]:
@@ -46,7 +46,9 @@ def run_stage_process(stage: Stage, run_folder: Path, cluster: Cluster) -> int:
     job_file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(job_file, stage.job.to_json())
     command = command_of(stage, job_file, cluster)
-    environment = {**os.environ, **cluster.environment, PARENT_WATCH: "1"}
+    environment = {**os.environ, **cluster.environment, LAUNCHER: str(os.getpid())}
+    if cluster.device == "cpu":
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     # The rooms are imported from this checkout wherever the command was started.
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     with subprocess.Popen(command, env=environment) as process:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -26,12 +27,15 @@ def start_run(recipe: Recipe, runs_dir: Path) -> Tracking | None:
     uri = store_uri(runs_dir)
     note = runs_dir / recipe.name / "tracking.json"
     store = hashlib.sha256(uri.encode()).hexdigest()[:16]
+    content = hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()[:16]
     written = None if os.environ.get("MLFLOW_TRACKING_URI") else uri
     try:
         client = mlflow_client(uri)
-        if note.exists():
-            known = read_json(note)
-            if known["store"] == store:
+        from mlflow.exceptions import MlflowException
+
+        known = read_json(note) if note.exists() else {}
+        if (known.get("store"), known.get("recipe")) == (store, content):
+            with contextlib.suppress(MlflowException):  # removed from the store: a new run is made
                 client.get_run(known["run_id"])
                 return Tracking(uri=written, experiment=recipe.tracking.experiment, run_id=known["run_id"])
         experiment = client.get_experiment_by_name(recipe.tracking.experiment)
@@ -50,7 +54,7 @@ def start_run(recipe: Recipe, runs_dir: Path) -> Tracking | None:
         log.warning("MLflow does not answer (%s); metrics stay in the artifacts' metrics.jsonl", first)
         return None
     note.parent.mkdir(parents=True, exist_ok=True)
-    write_json(note, {"store": store, "run_id": run.info.run_id})
+    write_json(note, {"store": store, "recipe": content, "run_id": run.info.run_id})
     return Tracking(uri=written, experiment=recipe.tracking.experiment, run_id=run.info.run_id)
 
 

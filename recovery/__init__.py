@@ -3,8 +3,6 @@
 `recovery` imports neither `datagen`, `eval` nor `launch`.
 """
 
-import os
+from recovery.environment import prepare
 
-# Read by OpenMP when torch is loaded. Threads that spin between operations cost a busy machine a factor of ten (small
-# operations, many barriers); threads that sleep cost an idle one a few percent.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+prepare()

@@ -73,9 +73,17 @@ def git_state() -> dict[str, Any]:
 
 
 def content_digest(files: dict[str, dict[str, Any]]) -> str:
-    """One hash for all payload files of a manifest."""
-    listing = {name: entry["sha256"] for name, entry in files.items()}
+    """One hash for all payload files of a manifest, but for the metrics, which hold times and speeds."""
+    listing = {name: entry["sha256"] for name, entry in files.items() if name != "metrics.jsonl"}
     return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether this folder has a manifest of ours; a model from elsewhere may hold another tool's manifest.json."""
+    try:
+        return "manifest_schema" in json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -177,9 +185,8 @@ class Workspace:
         inputs = {}
         for name, given in self.job.inputs().items():
             inputs[name] = {"path": str(given.path), "digest": given.digest}
-            manifest_path = Path(given.path) / MANIFEST
-            if manifest_path.is_file():
-                inputs[name]["content"] = content_digest(read_manifest(manifest_path.parent)["files"])
+            if is_artifact(Path(given.path)):
+                inputs[name]["content"] = content_digest(read_manifest(Path(given.path))["files"])
         write_json(
             self.path / MANIFEST,
             {

@@ -27,7 +27,7 @@ from recovery.errors import UserError
 class Config(BaseModel):
     """Frozen, strict about its keys; fields are documented by the string beneath them."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 Dtype = Literal["bfloat16", "float32"]

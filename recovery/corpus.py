@@ -27,6 +27,7 @@ from recovery.files import read_json, write_atomic
 
 SUMMARY = "summary.json"
 TOKENIZER = "tokenizer"
+SUMMARY_ROWS = 2000
 Split = Literal["train", "held_out"]
 FinishReason = Literal["length", "stop"]
 SCHEMA = pa.schema(
@@ -156,15 +157,33 @@ def check_ids(tokens: Tokens, width: int, where: str) -> None:
         )
 
 
-def summarize(rows: Sequence[Sequence[int]], stopped: int) -> dict[str, Any]:
+def describe_split(folder: Path) -> dict[str, Any]:
+    """The summary of one split's shards; n-grams are counted over its first SUMMARY_ROWS rows."""
+    lengths: list[int] = []
+    starts: set[int] = set()
+    texts: list[list[int]] = []
+    stopped = 0
+    for shard in sorted(folder.glob("shard-*.parquet")):
+        table = _read_table(shard)
+        lengths += table["length"].to_pylist()
+        starts.update(table["start_token"].to_pylist())
+        stopped += table["finish_reason"].to_pylist().count("stop")
+        if len(texts) < SUMMARY_ROWS:
+            texts += table["tokens"][: SUMMARY_ROWS - len(texts)].to_pylist()
+    return {**summarize(texts, stopped, lengths), "start_tokens": len(starts)}
+
+
+def summarize(rows: Sequence[Sequence[int]], stopped: int, all_lengths: Sequence[int] | None = None) -> dict[str, Any]:
     """Lengths, end-of-text rate, distinct n-grams and the share of repeated 4-grams of a list of token rows.
 
+    all_lengths: of the whole split, where `rows` are only its beginning.
     distinct_n: different n-grams over all n-grams; repeats_4: the share of a row's 4-grams that already occurred in
     the same row, averaged over rows (loops show here).
     """
-    lengths = np.array([len(row) for row in rows])
+    lengths = np.array([len(row) for row in rows] if all_lengths is None else all_lengths)
     summary: dict[str, Any] = {
-        "samples": len(rows),
+        "samples": len(lengths),
+        "rows_of_n_grams": len(rows),
         "tokens": int(lengths.sum()),
         "length": {
             "min": int(lengths.min()),
@@ -172,7 +191,7 @@ def summarize(rows: Sequence[Sequence[int]], stopped: int) -> dict[str, Any]:
             "median": float(np.median(lengths)),
             "max": int(lengths.max()),
         },
-        "end_of_text_rate": round(stopped / len(rows), 4),
+        "end_of_text_rate": round(stopped / len(lengths), 4),
     }
     for size in (1, 2, 3):
         seen: set[tuple[int, ...]] = set()

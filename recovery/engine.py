@@ -31,8 +31,6 @@ def start_distributed() -> tuple[int, int]:
 
     Returns (rank, world size).
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     import deepspeed

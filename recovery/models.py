@@ -55,18 +55,27 @@ def load_model(given: ModelInput, dtype: Dtype | None, *, placed: bool = True) -
     quiet_libraries()
     try:
         config = AutoConfig.from_pretrained(given.path, revision=given.revision)
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model: Any
+        model, loading = AutoModelForCausalLM.from_pretrained(
             given.path,
             revision=given.revision,
             dtype="auto" if dtype is None else TORCH_DTYPES[dtype],
             attn_implementation=attention_kind(config),
             use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(
             given.path, f"the model cannot be loaded ({first})", "give a complete safetensors model"
         ) from error
+    absent = sorted([*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])])
+    if absent:
+        raise UserError(
+            given.path,
+            f"{len(absent)} tensors are missing or misshapen, first: {', '.join(absent[:3])}",
+            "export the model again: random weights in their place could not be repaired by an adapter",
+        )
     model.eval().requires_grad_(False)
     return model.to(device()) if placed else model
 

@@ -26,13 +26,17 @@ def linear_modules(model: Any) -> dict[str, Any]:
 
 
 def skeleton(path: str, revision: str | None) -> Any:
-    """The model's modules without their weights (meta tensors)."""
+    """The model's modules without their weights (meta tensors). Raises UserError for an unknown architecture."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(path, revision=revision)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(path, f"not a causal language model that transformers knows ({first})", "give one") from error
 
 
 def select(model: Any, patterns: Sequence[str], where: str) -> list[str]:

@@ -17,13 +17,13 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from recovery.artifacts import MANIFEST, Workspace, content_digest, verify
+from recovery.artifacts import Workspace, content_digest, is_artifact, verify
 from recovery.config import ArtifactInput, Job, LooseInput
 from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, DamagedArtifact, UserError
 from recovery.files import HashMemory
 
 log = logging.getLogger("recover-lora")
-PARENT_WATCH = "RECOVER_LORA_PARENT_WATCH"
+LAUNCHER = "RECOVER_LORA_LAUNCHER"  # environment variable: the launcher's process id
 JobType = TypeVar("JobType", bound=Job)
 
 
@@ -80,7 +80,7 @@ def check_inputs(job: Job) -> None:
     """Verify every input that is an artifact against its manifest. Raises UserError for one that is not there."""
     for name, given in job.inputs().items():
         folder = Path(given.path)
-        if (folder / MANIFEST).is_file():
+        if is_artifact(folder):
             verify(folder)
         elif isinstance(given, ArtifactInput) and not isinstance(given, LooseInput):
             raise UserError(f"{job.stage} needs {name}", f"no artifact {folder}", "run the stage that makes it first")
@@ -97,7 +97,7 @@ def check_reusable(job: Job, memory: HashMemory | None = None) -> bool:
     manifest = verify(output, memory)
     for name, given in job.inputs().items():
         recorded = manifest["inputs"].get(name, {}).get("content")
-        if recorded is None or not (Path(given.path) / MANIFEST).is_file():
+        if recorded is None or not is_artifact(Path(given.path)):
             continue
         present = content_digest(verify(Path(given.path), memory)["files"])
         if recorded != present:
@@ -120,15 +120,27 @@ def build(job: JobType, produce: Callable[[JobType, Workspace], dict[str, Any]],
         return job.runtime.output
     check_inputs(job)
     with Workspace(job, resumable=resumable) as workspace:
+        if check_reusable(job):  # another process finished it while this one waited for the lock
+            return job.runtime.output
         details = produce(job, workspace)
         return workspace.finish(details)
 
 
-def _end_with_parent(parent: int) -> None:
+def _end_with(launcher: int) -> None:
     """End at once when the launcher is gone (kill -9): a stage nobody waits for must not hold its artifact's lock."""
-    while os.getppid() == parent:
+    while _is_alive(launcher):
         time.sleep(0.5)
     os._exit(EXIT_FAILED)
+
+
+def _is_alive(process: int) -> bool:
+    status = Path(f"/proc/{process}/stat")
+    try:
+        os.kill(process, 0)
+        # A killed process whose parent has not noticed yet still has its number: Z(ombie) after its name in brackets.
+        return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def run_stage(
@@ -142,8 +154,8 @@ def run_stage(
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("job", type=Path, help="job file, as `recover-lora <stage> RECIPE --dry-run` prints it")
     arguments = parser.parse_args()
-    if os.environ.get(PARENT_WATCH):
-        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    if launcher := os.environ.get(LAUNCHER):
+        threading.Thread(target=_end_with, args=(int(launcher),), daemon=True).start()
     # A scheduler's SIGTERM ends a stage as Ctrl-C does: files closed, locks released, finished pieces kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = EXIT_DONE

@@ -28,6 +28,8 @@ from recovery.checkpoint import load_checkpoint, save_checkpoint
 from recovery.config import Train, TrainJob
 from recovery.corpus import TOKENIZER, Tokens, check_ids, read_split
 from recovery.engine import Engine, Student, start_distributed
+from recovery.errors import UserError
+from recovery.files import write_atomic
 from recovery.measure import HeldOut, Measurement
 from recovery.models import TORCH_DTYPES, check_training_path, device, load_model
 from recovery.progress import progress
@@ -107,6 +109,8 @@ def set_up(job: TrainJob, folder: Path, rank: int, ranks: int, tracker: Tracker)
             tokens.lengths, tokens.skip, job.seed, epoch, job.train.batch_tokens, job.train.micro_batch_tokens
         )
     ]
+    if any(step.loss_tokens == 0 for step in plan):
+        raise UserError(str(job.corpus.path), "samples of one token, which carry no loss", "raise generate.max_length")
     engine = Engine(student, job)
     return Run(job, folder, rank, ranks, adapted, student, engine, teacher, tokens, held_out, plan, tracker)
 
@@ -134,7 +138,7 @@ def _keep_until(path: Path, step: int) -> None:
         with contextlib.suppress(ValueError):  # a kill may have cut the last line
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-    path.write_text("".join(line + "\n" for line in kept))
+    write_atomic(path, "".join(line + "\n" for line in kept))
 
 
 def train_step(run: Run, number: int) -> dict[str, float]:
@@ -203,13 +207,15 @@ def train(run: Run, workspace: Workspace | None) -> None:
     if done == 0:
         measure_held_out(run, 0, 0)
     bar = progress(tokens_before[-1], "tok", "train", tokens_before[done]) if run.leader else None
-    kls = _earlier_kls(run.folder / "held_out.jsonl")
+    kls = _earlier_kls(run.folder / "held_out.jsonl") if run.leader else []
     for number in range(done, len(run.plan)):
         line = train_step(run, number)
         step, tokens = number + 1, tokens_before[number + 1]
         if run.leader:
             with (run.folder / "history.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, "tokens": tokens, **line}) + "\n")
+                # Without times, so that equal runs have equal files; speeds stand in metrics.jsonl.
+                kept = {key: value for key, value in line.items() if key != "tokens_per_second"}
+                file.write(json.dumps({"step": step, "tokens": tokens, **kept}) + "\n")
             track_step(run, step, tokens, line)
         if bar is not None:
             bar.update(int(line["loss_tokens"]))

@@ -46,6 +46,10 @@ MISTAKES = {
     "wrong type": (["--set", "train.epochs=many"], "train.epochs: found 'many'"),
     "out of range": (["--set", "generate.temperature=0"], "generate.temperature: found 0"),
     "missing model folder": (["--set", "models.reference=./nowhere"], "models.reference: no folder ./nowhere"),
+    "missing folder that looks like a hub id": (
+        ["--set", "models.reference=assets/nowhere"],
+        "models.reference: no folder assets/nowhere here, and the model hub cannot be reached",
+    ),
     "no such module": (
         ["--set", "adapter.placement=[qkv_proj]"],
         "no linear module is named qkv_proj; this model has:",
@@ -211,3 +215,20 @@ def test_a_really_full_disk(size: str, tiny: Path, data: Path, tmp_path: Path):
         assert not artifacts.exists() or not [path for path in artifacts.iterdir() if path.is_dir()]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_missing_tensors_are_not_replaced_by_random_ones(tiny: Path, tmp_path: Path):
+    """A package that lost a tensor is what this program is for: it must say so, not repair random weights."""
+    from safetensors.torch import load_file, save_file
+
+    from recovery.config import ModelInput
+    from recovery.errors import UserError
+    from recovery.models import load_model
+
+    model = shutil.copytree(tiny, tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    name = "model.layers.1.self_attn.v_proj.weight"
+    del weights[name]
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"1 tensors are missing or misshapen, first: {name}"):
+        load_model(ModelInput(path=str(model), digest=""), "float32")

@@ -33,12 +33,15 @@ def prepared(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     return models["llama"], data, folder / "runs"
 
 
-def train_with(prepared: tuple[Path, Path, Path], runs: Path, stop_after: int | None, **train: Any) -> Path:
+def train_with(
+    prepared: tuple[Path, Path, Path], runs: Path, stop_after: int | None, dtype: str = "float32", **train: Any
+) -> Path:
     """Train in a copy of the prepared runs; stop_after: end the process, as it were, after that many steps."""
     model, data, source = prepared
     if not runs.exists():
         shutil.copytree(source, runs)
     job = job_of(tiny_recipe(model, data, train={**SHORT, **train}), runs, "train")
+    job = job.model_copy(update={"dtype": dtype})
     real = recovery.train.train_step
 
     def step(run: recovery.train.Run, number: int) -> dict[str, float]:
@@ -56,17 +59,29 @@ def losses(folder: Path) -> list[tuple[int, float, float]]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
 
 
-@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3", "all of it partitioned"])
-def test_killed_and_resumed_equals_undisturbed(prepared: tuple[Path, Path, Path], tmp_path: Path, zero: str):
+@pytest.mark.parametrize(
+    ("zero", "dtype"),
+    [
+        ("zero1", "float32"),
+        ("zero2", "float32"),
+        ("zero3", "float32"),
+        ("all of it partitioned", "float32"),
+        ("zero1", "bfloat16"),
+        ("zero3", "bfloat16"),
+    ],
+)
+def test_killed_and_resumed_equals_undisturbed(
+    prepared: tuple[Path, Path, Path], tmp_path: Path, zero: str, dtype: str
+):
     if not zero.startswith("zero"):
         zero = str(tmp_path / "partitioned.json")
         stage = {"stage": 3, "stage3_param_persistence_threshold": 0}
         Path(zero).write_text(json.dumps({"zero_optimization": stage}))
-    undisturbed = train_with(prepared, tmp_path / "a", None, deepspeed=zero)
+    undisturbed = train_with(prepared, tmp_path / "a", None, dtype, deepspeed=zero)
     for stop in (3, 5, 12, 13):  # before the first checkpoint, right at one, between two, and soon after a restart
         with pytest.raises(Killed):
-            train_with(prepared, tmp_path / "b", stop, deepspeed=zero)
-    resumed = train_with(prepared, tmp_path / "b", None, deepspeed=zero)
+            train_with(prepared, tmp_path / "b", stop, dtype, deepspeed=zero)
+    resumed = train_with(prepared, tmp_path / "b", None, dtype, deepspeed=zero)
     assert losses(resumed) == losses(undisturbed)
     name = "adapter_model.safetensors"
     assert (resumed / name).read_bytes() == (undisturbed / name).read_bytes()
