@@ -51,6 +51,7 @@ def start_run(recipe: Recipe, runs_dir: Path) -> Tracking | None:
             client.log_param(run.info.run_id, key, value)
     except Exception as error:  # noqa: BLE001 - whatever a tracking server does, the run goes on
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        first = first.replace(uri, "its store")  # which may hold a password
         log.warning("MLflow does not answer (%s); metrics stay in the artifacts' metrics.jsonl", first)
         return None
     note.parent.mkdir(parents=True, exist_ok=True)

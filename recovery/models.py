@@ -55,8 +55,7 @@ def load_model(given: ModelInput, dtype: Dtype | None, *, placed: bool = True) -
     quiet_libraries()
     try:
         config = AutoConfig.from_pretrained(given.path, revision=given.revision)
-        model: Any
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             given.path,
             revision=given.revision,
             dtype="auto" if dtype is None else TORCH_DTYPES[dtype],
@@ -69,6 +68,7 @@ def load_model(given: ModelInput, dtype: Dtype | None, *, placed: bool = True) -
         raise UserError(
             given.path, f"the model cannot be loaded ({first})", "give a complete safetensors model"
         ) from error
+    model, loading = loaded
     absent = sorted([*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])])
     if absent:
         raise UserError(
