@@ -2,62 +2,83 @@
 
     python -m datagen.generate JOB
 
-A sample depends on (seed, split, index, model, settings) only. Shards are written whole and never touched again, so a
+A sample depends on (seed, split, index, model, settings) only. Finished samples are never asked for again, so a
 restart fills in just the missing ones and ends with the same corpus.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any, cast, get_args
 
+import numpy as np
+from numpy.typing import NDArray
+
 from datagen.config import GenerateJob
 from datagen.embedded import EmbeddedEngine
+from datagen.pieces import Pieces, blocks_of, drop_damaged, is_shard_of, locate, seal
 from datagen.sampling import SamplingPlan, bos_id, eligible_ids, stop_ids
+from datagen.served import ServedEngine, Vocabulary
 from recovery.artifacts import Workspace
-from recovery.corpus import SUMMARY, TOKENIZER, Split, describe_split, read_rows, write_shard
-from recovery.errors import DamagedArtifact
+from recovery.config import ModelInput
+from recovery.corpus import SUMMARY, TOKENIZER, Split, shards_of, write_shard
+from recovery.corpus_statistics import describe_split
 from recovery.files import write_json
 from recovery.models import load_model, quiet_libraries
 from recovery.progress import progress
 from recovery.stage import run_stage
+from recovery.tracking import Tracker
 
 log = logging.getLogger("recover-lora")
+PIECES = ".pieces"
 
 
-def ranges(count: int, size: int) -> list[range]:
-    """Indices 0..count-1 in ranges of `size`. The last one is decoded whole too and cut afterwards, so that a smaller
-    corpus is a prefix of a larger one, bit for bit."""
-    return [range(first, min(first + size, count)) for first in range(0, count, size)]
+def load_sampling_vocabulary(model: ModelInput, job: GenerateJob) -> Vocabulary:
+    """What sampling needs to know of the generating model, from its small files alone."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-
-def is_finished(shard: Path, wanted: range) -> bool:
-    """Whether an earlier process left this shard whole. One that cannot be read is made again."""
-    if not shard.exists():
-        return False
+    tokenizer: Any = AutoTokenizer.from_pretrained(model.path, revision=model.revision)
+    config = AutoConfig.from_pretrained(model.path, revision=model.revision)
     try:
-        return [row["index"] for row in read_rows(shard)] == list(wanted)
-    except DamagedArtifact:
-        log.warning("%s is damaged and is made again", shard.name)
-        return False
+        generation = GenerationConfig.from_pretrained(model.path, revision=model.revision or "main")
+    except OSError:  # it has none
+        generation = GenerationConfig.from_model_config(config)
+    width = min(max(tokenizer.get_vocab().values()) + 1, config.get_text_config().vocab_size)
+    bos = bos_id(tokenizer, job.generate.bos)
+    return Vocabulary(tokenizer, bos, stop_ids(config, generation, tokenizer), width, eligible_ids(tokenizer, width))
 
 
-def fill(workspace: Workspace, split: Split, count: int, engine: EmbeddedEngine, plan: SamplingPlan) -> None:
-    """Write the missing shards of one split."""
+def wanted_of(job: GenerateJob) -> dict[Split, range]:
+    """The indices of each split that this job makes."""
+    settings = job.generate
+    counts: dict[Split, int] = {"held_out": settings.held_out_samples, "train": settings.samples}
+    if job.partition is None:
+        return {split: range(count) for split, count in counts.items()}
+    return {split: job.partition.indices(count) for split, count in counts.items()}
+
+
+def fill_embedded(
+    workspace: Workspace, split: Split, wanted: range, engine: EmbeddedEngine, plan: SamplingPlan
+) -> None:
+    """Write the missing shards of one split. The last range is decoded whole too and cut afterwards, so that a smaller
+    corpus is a prefix of a larger one, bit for bit."""
     settings = cast(GenerateJob, workspace.job).generate
     todo = []
-    for number, wanted in enumerate(ranges(count, settings.batch_samples)):
+    for number, block in enumerate(blocks_of(wanted, settings.batch_samples)):
         shard = workspace.path / split / f"shard-{number:05d}.parquet"
-        if not is_finished(shard, wanted):
-            todo.append((shard, wanted))
-    done = count - sum(len(wanted) for _, wanted in todo)
+        if not is_shard_of(shard, block):
+            if shard.exists():
+                log.warning("%s is damaged and is made again", shard.name)
+            todo.append((shard, block))
+    done = len(wanted) - sum(len(block) for _, block in todo)
     if done and todo:
-        log.info("%s: %d of %d samples are there already", split, done, count)
+        log.info("%s: %d of %d samples are there already", split, done, len(wanted))
     size = settings.batch_samples * settings.max_length
     bar = progress(len(todo) * size, "tok", f"generate {split}")
-    for shard, wanted in todo:
-        whole = range(wanted.start, wanted.start + settings.batch_samples)
+    for shard, block in todo:
+        whole = range(block.start, block.start + settings.batch_samples)
         decoded = 0
 
         def on_tokens(tokens: int) -> None:
@@ -66,7 +87,7 @@ def fill(workspace: Workspace, split: Split, count: int, engine: EmbeddedEngine,
             bar.update(tokens)
 
         samples = engine.decode([plan.start(index) for index in whole], on_tokens)
-        write_shard(shard, samples[: len(wanted)])
+        write_shard(shard, samples[: len(block)])
         workspace.tick()
         # Samples that ended early leave the bar short of its estimate.
         bar.total -= size - decoded
@@ -74,35 +95,93 @@ def fill(workspace: Workspace, split: Split, count: int, engine: EmbeddedEngine,
     bar.close()
 
 
-def produce(job: GenerateJob, workspace: Workspace) -> dict[str, Any]:
-    from transformers import AutoTokenizer
-
-    quiet_libraries()
-    settings = job.generate
-    tokenizer: Any = AutoTokenizer.from_pretrained(job.model.path, revision=job.model.revision)
+def generate_embedded(job: GenerateJob, workspace: Workspace, vocabulary: Vocabulary) -> dict[str, Any]:
     model = load_model(job.model, job.dtype)
-    width = min(max(tokenizer.get_vocab().values()) + 1, model.config.get_text_config().vocab_size)
-    bos = bos_id(tokenizer, settings.bos)
-    stops = stop_ids(model.config, model.generation_config, tokenizer)
-    engine = EmbeddedEngine(model, settings, width, bos, stops)
-    eligible = eligible_ids(tokenizer, width)
-    counts: dict[Split, int] = {"train": settings.samples, "held_out": settings.held_out_samples}
-    for split in get_args(Split):
-        fill(workspace, split, counts[split], engine, SamplingPlan(job.seed, split, eligible))
-    tokenizer.save_pretrained(workspace.path / TOKENIZER)
-    summary: dict[str, Any] = {split: describe_split(workspace.path / split) for split in get_args(Split)}
-    summary.update(skip=0 if bos is None else 1, bos_token_id=bos, eligible_start_tokens=len(eligible))
-    write_json(workspace.path / SUMMARY, summary)
+    engine = EmbeddedEngine(model, job.generate, vocabulary.width, vocabulary.bos, vocabulary.stops)
+    for split, wanted in wanted_of(job).items():
+        fill_embedded(workspace, split, wanted, engine, SamplingPlan(job.seed, split, vocabulary.eligible))
+    return {}
+
+
+def generate_served(job: GenerateJob, workspace: Workspace, vocabulary: Vocabulary, tracker: Tracker) -> dict[str, Any]:
+    """Ask the servers for every index that no shard and no piece holds, then seal the shards."""
+    engine = ServedEngine(job, workspace.path, vocabulary)
+    folder = workspace.path
+    wanted = wanted_of(job)
+    pieces: dict[Split, Pieces] = {split: Pieces(folder / PIECES / split) for split in wanted}
+    for split in wanted:
+        drop_damaged([*shards_of(folder, split), *pieces[split].paths()], log.warning)
+    missing: dict[Split, NDArray[np.int64]] = {
+        split: locate([*shards_of(folder, split), *pieces[split].paths()]).missing(indices)
+        for split, indices in wanted.items()
+    }
+    total = sum(len(indices) for indices in wanted.values())
+    left = sum(len(indices) for indices in missing.values())
+    if 0 < left < total:
+        log.info("%d of %d samples are there already", total - left, total)
+    record = engine.fill(missing, pieces, tracker, total - left) if left else {}
+    workspace.tick()
+    capture = job.generate.capture_logprobs > 0
+    bar = progress(total, "sample", "sort")
+    for split, indices in wanted.items():
+        signal = folder / "signal" / split if capture else None
+        sources = [*shards_of(folder, split), *pieces[split].paths()]
+        seal(sources, indices, folder / split, signal, bar.update)
+    bar.close()
+    shutil.rmtree(folder / PIECES, ignore_errors=True)
+    return {**engine.details, "throughput": record}
+
+
+def describe(folder: Path, vocabulary: Vocabulary, tracker: Tracker) -> dict[str, Any]:
+    """Write the tokenizer and the summary, and log the statistics."""
+    vocabulary.tokenizer.save_pretrained(folder / TOKENIZER)
+    summary: dict[str, Any] = {split: describe_split(folder, split) for split in get_args(Split)}
+    skip, eligible = 0 if vocabulary.bos is None else 1, len(vocabulary.eligible)
+    summary.update(skip=skip, bos_token_id=vocabulary.bos, eligible_start_tokens=eligible)
+    summary.update(stop_token_ids=sorted(vocabulary.stops), vocabulary_width=vocabulary.width)
+    write_json(folder / SUMMARY, summary)
     train = summary["train"]
+    tracker.metrics(
+        {
+            "data/tokens": train["tokens"],
+            "data/mean_length": train["length"]["mean"],
+            "data/end_of_text_rate": train["end_of_text_rate"],
+            "data/start_token_coverage": train["start_tokens"] / eligible,
+            "data/distinct_2_grams": train["distinct_2"] or 0,
+            "data/repeated_4_grams": train["repeats_4"] or 0,
+        },
+        step=train["samples"],
+    )
     log.info(
         "%d samples, %d tokens, mean length %.1f, end of text %.1f%%, distinct 2-grams %.0f%%, repeated 4-grams %.1f%%",
         *(train["samples"], train["tokens"], train["length"]["mean"], 100 * train["end_of_text_rate"]),
         *(100 * (train["distinct_2"] or 0), 100 * (train["repeats_4"] or 0)),
     )
+    return summary
+
+
+def produce(job: GenerateJob, workspace: Workspace) -> dict[str, Any]:
+    from datagen.plots import plot_corpus
+
+    quiet_libraries()
+    folder = workspace.path
+    vocabulary = load_sampling_vocabulary(job.model, job)
+    with Tracker(job.runtime.tracking, folder / "metrics.jsonl") as tracker:
+        if job.generate.engine == "vllm":
+            details = generate_served(job, workspace, vocabulary, tracker)
+        else:
+            details = generate_embedded(job, workspace, vocabulary)
+        summary = describe(folder, vocabulary, tracker)
+        # A working file: a picture's bytes depend on the version of the plotting library, a corpus does not.
+        plot = folder / ".plot" / "corpus.png"
+        plot_corpus(folder, plot)
+        tracker.artifact(plot, "corpus")
     return {
-        "tokens": train["tokens"] + summary["held_out"]["tokens"],
+        "tokens": summary["train"]["tokens"] + summary["held_out"]["tokens"],
+        # Rounding depends on what shares a batch, so another engine, or the same at other times, may flip a token.
         "batch_invariant": False,
-        "engine": settings.engine,
+        "engine": job.generate.engine,
+        **details,
     }
 
 

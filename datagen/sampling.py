@@ -19,6 +19,7 @@ from datagen.config import BosMode
 from recovery.corpus import Split
 from recovery.errors import UserError
 
+KEPT_ROUNDS = 8  # permutations in memory
 RESERVED = re.compile(
     r"^[<\[(]\|?_*(reserved|unused|extra|pad|placeholder|dummy|special)[\w\s-]*\|?[>\])]$", re.IGNORECASE
 )
@@ -83,9 +84,16 @@ class SamplingPlan:
         """Index i takes the i-th id of the permutation; each further round through all ids has its own order."""
         cycle, place = divmod(index, len(self._eligible))
         if cycle not in self._permutations:
+            if len(self._permutations) > KEPT_ROUNDS:
+                self._permutations.pop(next(iter(self._permutations)))
             generator = np.random.Generator(np.random.Philox(self._key("permutation", cycle)))
             self._permutations[cycle] = generator.permutation(self._eligible)
         return Start(index, self._key("sample", index), int(self._permutations[cycle][place]))
+
+    @staticmethod
+    def next_seed(seed: int) -> int:
+        """The seed of a sample's next attempt, where the first drew an id that the vocabulary does not have."""
+        return int.from_bytes(hashlib.sha256(f"again/{seed}".encode()).digest()[:8], "little")
 
     def _key(self, purpose: str, number: int) -> int:
         text = f"{self._seed}/{self._split}/{purpose}/{number}"

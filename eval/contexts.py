@@ -14,7 +14,8 @@ from typing import Any
 from eval.config import ContextsJob
 from eval.tasks import Items, load_items
 from recovery.artifacts import Workspace
-from recovery.corpus import SUMMARY, Sample, summarize, write_shard
+from recovery.corpus import SUMMARY, Sample, write_shard
+from recovery.corpus_statistics import summarize
 from recovery.files import write_json
 from recovery.stage import run_stage
 

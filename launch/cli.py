@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from launch.cluster import load_cluster
+from datagen.config import GenerateJob, Partition
+from launch.cluster import Cluster, LocalServers, load_cluster
+from launch.corpus import corpus_app
 from launch.pipeline import dry_run, is_finished, link, missing_inputs, run_stage_process
 from launch.recipe import Recipe, load_recipe
-from launch.resolve import build_stages, check_models, resolve_names
+from launch.resolve import build_stages, check_models, generate_job, partition_stage, resolve_names
+from launch.servers import ServerPool
+from recovery.config import Job
 from recovery.errors import EXIT_DONE, EXIT_FAILED, UserError
 from recovery.files import HashMemory
 
@@ -28,6 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Give a damaged language model its accuracy back: LoRA adapters, synthetic data, logit distillation.",
 )
+
+app.add_typer(corpus_app, name="corpus")
 
 RecipeFile = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="Recipe file, e.g. launch/recipes/smollm2-135m/demo.yaml")
@@ -44,15 +53,23 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print every command and
 
 
 def execute(
-    recipe_file: Path, cluster_name: str, overrides: list[str], runs_dir: Path, dry: bool, only: str | None
+    recipe_file: Path,
+    cluster_name: str,
+    overrides: list[str],
+    runs_dir: Path,
+    dry: bool,
+    only: str | None,
+    partition: Partition | None = None,
 ) -> int:
-    """Run a recipe's stages (all, or those of one command). Returns the exit code."""
+    """Run a recipe's stages (all, or those of one command, or one part of its corpus). Returns the exit code."""
     cluster = load_cluster(cluster_name)
     recipe = load_recipe(recipe_file, overrides)
     memory = HashMemory(None if dry else runs_dir / ".hashes.json")
 
     names = resolve_names(recipe, memory)
     stages = build_stages(recipe, names, cluster, runs_dir)
+    if partition is not None:
+        stages = [partition_stage(recipe, names, cluster, runs_dir, partition)]
     wanted = [stage for stage in stages if only in (None, stage.command)]
     if not wanted:
         raise UserError(str(recipe_file), f"it has no stage {only}", "its degraded model is given; run the next stage")
@@ -77,7 +94,8 @@ def execute(
             continue
         # Looked at again: a stage before it may just have been made anew, from which this one was not made.
         if not is_finished(stage, memory):
-            code = run_stage_process(stage, run_folder, cluster)
+            with servers_for(stage.job, cluster, run_folder / "logs"):
+                code = run_stage_process(stage, run_folder, cluster)
             if code != EXIT_DONE:
                 return code if code > 0 else EXIT_FAILED
         else:
@@ -106,6 +124,15 @@ def print_result(recipe: Recipe, runs_dir: Path) -> None:
         print(f"MLflow   {uri}\n         open it: mlflow ui --backend-store-uri {uri}")
 
 
+def servers_for(job: Job, cluster: Cluster, logs: Path) -> AbstractContextManager[object]:
+    """The cluster's own servers for as long as a stage needs them; nothing for all other stages."""
+    if not isinstance(job, GenerateJob) or job.generate.engine != "vllm":
+        return nullcontext()
+    if not isinstance(cluster.servers, LocalServers):
+        return nullcontext()
+    return ServerPool(job, cluster, logs)
+
+
 def _command(name: str, help_text: str, only: str | None) -> None:
     def command(
         recipe: RecipeFile,
@@ -120,9 +147,82 @@ def _command(name: str, help_text: str, only: str | None) -> None:
     app.command(name, help=help_text + example)(command)
 
 
+def parse_partition(text: str | None) -> Partition | None:
+    """`i/n` as part i of n, counted from 0."""
+    if text is None:
+        return None
+    part, sign, of = text.partition("/")
+    if not (sign and part.isdecimal() and of.isdecimal()):
+        raise UserError(f"--partition {text}", "not of the form i/n", "write e.g. 0/4, 1/4, 2/4 and 3/4")
+    try:
+        return Partition(part=int(part), of=int(of))
+    except ValueError as error:
+        raise UserError(f"--partition {text}", "no such part", "parts are numbered from 0 to n-1") from error
+
+
+@app.command(
+    help="Sample the synthetic corpus from the reference.\n\n"
+    "Example: recover-lora generate launch/recipes/smollm2-135m/demo.yaml --set generate.engine=vllm\n\n"
+    "Several clients: add --partition 0/2 here, 1/2 there, then `recover-lora corpus merge` their corpora."
+)
+def generate(
+    recipe: RecipeFile,
+    cluster: ClusterName = "local",
+    overrides: Overrides = [],  # noqa: B006 - typer reads the default, nothing changes it
+    runs_dir: RunsDir = Path("runs"),
+    dry_run: DryRun = False,
+    partition: Annotated[
+        str | None, typer.Option("--partition", metavar="I/N", help="Make the I-th of N parts only, from 0.")
+    ] = None,
+) -> None:
+    part = parse_partition(partition)
+    raise typer.Exit(execute(recipe, cluster, overrides, runs_dir, dry_run, "generate", part))
+
+
+@app.command(
+    help="Start the cluster's vLLM servers for a recipe, print their addresses, and keep them until Ctrl-C.\n\n"
+    "`run` and `generate` in another terminal use them as they are.\n\n"
+    "Example: recover-lora serve launch/recipes/smollm2-135m/demo.yaml"
+)
+def serve(
+    recipe: RecipeFile,
+    cluster: ClusterName = "local",
+    overrides: Overrides = [],  # noqa: B006 - typer reads the default, nothing changes it
+    runs_dir: RunsDir = Path("runs"),
+    dry_run: DryRun = False,
+) -> None:
+    raise typer.Exit(serve_pool(recipe, cluster, [*overrides, "generate.engine=vllm"], runs_dir, dry_run))
+
+
+def serve_pool(recipe_file: Path, cluster_name: str, overrides: list[str], runs_dir: Path, dry: bool) -> int:
+    """Keep the pool of a recipe running until it is interrupted or every server has been given up."""
+    from recovery.stage import set_up_logging
+
+    cluster = load_cluster(cluster_name)
+    recipe = load_recipe(recipe_file, overrides)
+    if not isinstance(cluster.servers, LocalServers):
+        raise UserError(f"cluster {cluster.name}", "it has no servers of kind local", "give its file such a section")
+    memory = HashMemory(None if dry else runs_dir / ".hashes.json")
+    names = resolve_names(recipe, memory)
+    memory.save()
+    logs = runs_dir / recipe.name / "logs"
+    pool = ServerPool(generate_job(recipe, names, cluster, runs_dir), cluster, logs)
+    if dry:
+        for server in pool.servers:
+            print(f"$ {shlex.join([*pool.command(), '--port', str(cluster.servers.port + server.number)])}")
+        return EXIT_DONE
+    set_up_logging("serve", logs / "serve.log")
+    with pool:
+        for server in pool.servers:
+            print(server.url, flush=True)
+        print("serving until Ctrl-C; logs in", logs, file=sys.stderr)
+        while not pool.is_lost:
+            time.sleep(0.5)
+    return EXIT_FAILED
+
+
 _command("run", "All stages in order; finished ones are reused, an interrupted one goes on.", None)
 _command("degrade", "Damage the reference as the recipe says (for studies).", "degrade")
-_command("generate", "Sample the synthetic corpus from the reference.", "generate")
 _command("train", "Train the adapters by logit distillation.", "train")
 _command("evaluate", "Score reference, degraded and recovered model.", "evaluate")
 _command("report", "Tables, plots and summary.json.", "report")

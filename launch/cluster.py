@@ -3,16 +3,76 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from datagen.config import ServerAccess
 from launch.recipe import load_config
 from recovery.config import Config, Dtype
 from recovery.environment import may_have_gpu
 from recovery.errors import UserError
 
 FOLDER = Path(__file__).resolve().parent / "clusters"
+
+
+class LocalServers(ServerAccess):
+    """vLLM servers started on this host, one a device. `recover-lora run` starts them for as long as it needs them;
+    those that `recover-lora serve` keeps running are used as they are."""
+
+    kind: Literal["local"] = "local"
+    count: PositiveInt = 1
+    """Servers, one a device."""
+    python: Path = Path(".venv-vllm/bin/python")
+    """The interpreter that has vLLM; of the container, on a cluster."""
+    port: int = Field(default=8100, ge=1024, le=65535)
+    """Port of the first server on the loopback interface; the others follow."""
+    sequences: PositiveInt = 256
+    """Sequences that one server decodes together (--max-num-seqs)."""
+    cores: NonNegativeInt = 0
+    """CPU servers: cores of each, 0 for an equal share of what this process may use."""
+    kv_cache_gib: PositiveInt = 4
+    """CPU servers: memory of each for the KV cache."""
+    arguments: tuple[str, ...] = ()
+    """More arguments for vLLM, such as --gpu-memory-utilization 0.92."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of the servers, such as VLLM_ROCM_USE_AITER: "1"."""
+    start_timeout_s: PositiveFloat = 900.0
+    max_restarts: NonNegativeInt = 3
+    """Times that one server is started again when it dies."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> LocalServers:
+        if self.urls:
+            raise ValueError("servers with urls are started by somebody else: kind: external")
+        if self.port + self.count - 1 > 65535:
+            raise ValueError(f"port {self.port} and {self.count} servers go beyond port 65535")
+        return self
+
+    def url(self, number: int) -> str:
+        return f"http://127.0.0.1:{self.port + number}"
+
+    @property
+    def access(self) -> ServerAccess:
+        """How the client reaches them. A few requests more than a server decodes wait there, so that it never does."""
+        fields = {name: getattr(self, name) for name in ServerAccess.model_fields}
+        if "requests_per_server" not in self.model_fields_set:
+            fields["requests_per_server"] = self.sequences + max(self.sequences // 8, 1)
+        return ServerAccess(**{**fields, "urls": tuple(self.url(number) for number in range(self.count))})
+
+
+class ExternalServers(ServerAccess):
+    """Servers that somebody else keeps running, by address."""
+
+    kind: Literal["external"]
+    urls: tuple[str, ...] = Field(min_length=1, max_length=1024)
+
+    @property
+    def access(self) -> ServerAccess:
+        return ServerAccess(**{name: getattr(self, name) for name in ServerAccess.model_fields})
+
+
+Servers = Annotated[LocalServers | ExternalServers, Field(discriminator="kind")]
 
 
 class Cluster(Config):
@@ -23,6 +83,8 @@ class Cluster(Config):
     """Training processes on this host, one a device."""
     environment: dict[str, str] = Field(default_factory=dict)
     """Environment variables of every stage."""
+    servers: Servers | None = None
+    """Where `generate.engine: vllm` has its samples drawn."""
 
 
 def load_cluster(name: str) -> Cluster:
@@ -34,12 +96,15 @@ def load_cluster(name: str) -> Cluster:
     return load_config(Cluster, path)
 
 
+def uses_gpu(cluster: Cluster) -> bool:
+    return cluster.device == "cuda" or (cluster.device == "auto" and _has_gpu())
+
+
 def compute_dtype(wanted: Dtype | Literal["auto"], cluster: Cluster) -> Dtype:
     """auto is bfloat16 where the device multiplies it natively, else float32 (emulation is five times slower)."""
     if wanted != "auto":
         return wanted
-    cuda = cluster.device == "cuda" or (cluster.device == "auto" and _has_gpu())
-    return "bfloat16" if cuda or _cpu_multiplies_bfloat16() else "float32"
+    return "bfloat16" if uses_gpu(cluster) or _cpu_multiplies_bfloat16() else "float32"
 
 
 def _has_gpu() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -100,11 +100,13 @@ def apply_override(content: dict[str, Any], override: str) -> None:
 
 
 def _user_error(kind: type[BaseModel], path: Path, fault: Any) -> UserError:
-    where = ".".join(str(part) for part in fault["loc"]) or str(path)
+    parts, models = _follow(kind, fault["loc"])
+    where = ".".join(map(str, parts)) or str(path)
     found = fault["input"]
     shown = repr(found) if not isinstance(found, dict) else "a section"
     if fault["type"] == "extra_forbidden":
-        known = _fields_at(kind, fault["loc"][:-1])
+        _, models = _follow(kind, fault["loc"][:-1])
+        known = sorted({name for model in models for name in model.model_fields})
         close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         return UserError(where, "unknown field", f"{hint}known here: {', '.join(known)}")
@@ -114,14 +116,23 @@ def _user_error(kind: type[BaseModel], path: Path, fault: Any) -> UserError:
     return UserError(where, f"found {shown}", message[0].lower() + message[1:])
 
 
-def _fields_at(kind: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    current: Any = kind
+def _follow(kind: type[BaseModel], location: Sequence[Any]) -> tuple[list[Any], list[type[BaseModel]]]:
+    """The location as the user wrote it, without the tags of unions, and the models that may stand at its end."""
+    models, parts = [kind], []
     for part in location:
-        field = current.model_fields.get(part)
-        if field is None:
-            return []
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        current = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if current is None:
-            return []
-    return sorted(current.model_fields)
+        tagged = [m for m in models if "kind" in m.model_fields and part in get_args(m.model_fields["kind"].annotation)]
+        if tagged:
+            models = tagged
+            continue
+        parts.append(part)
+        models = [
+            inner for m in models if part in m.model_fields for inner in _models_in(m.model_fields[part].annotation)
+        ]
+    return parts, models
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The config classes in an annotation such as `Annotated[A | B, ...] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]

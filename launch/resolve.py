@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from datagen.config import GenerateJob
+from datagen.config import GenerateJob, GenerateRuntime, Partition
 from eval.config import BenchmarkData, ContextsJob, Divergence, EvaluateJob, ReportJob, Scores
 from eval.tasks import benchmark_data
 from launch.cluster import Cluster, compute_dtype
@@ -129,13 +129,47 @@ class Builder:
 
     def job(self, kind: type[Any], label: str, **fields: Any) -> Any:
         """A job with the output folder that its identity names."""
-        unplaced = kind(runtime=Runtime(output=Path("unplaced")), **fields)
-        runtime = Runtime(output=self._artifacts / unplaced.artifact_name, log=self._logs / f"{label}.log")
-        return unplaced.model_copy(update={"runtime": runtime})
+        runtime: type[Any] = GenerateRuntime if kind is GenerateJob else Runtime
+        unplaced = kind(runtime=runtime(output=Path("unplaced")), **fields)
+        place = runtime(output=self._artifacts / unplaced.artifact_name, log=self._logs / f"{label}.log")
+        return unplaced.model_copy(update={"runtime": place})
 
 
 def artifact_of(job: Job) -> ArtifactInput:
     return ArtifactInput(path=job.runtime.output, digest=job.identity)
+
+
+def generate_job(
+    recipe: Recipe, names: Names, cluster: Cluster, runs_dir: Path, partition: Partition | None = None
+) -> GenerateJob:
+    """The job of the corpus, or of one part of it."""
+    if partition is not None and recipe.generate.engine == "embedded":
+        raise UserError(
+            "--partition", "generate.engine is embedded", "parts are for several clients of servers: engine vllm"
+        )
+    label = "generate" if partition is None else f"generate-{partition.part}-of-{partition.of}"
+    job: GenerateJob = Builder(recipe, runs_dir).job(
+        GenerateJob,
+        label,
+        seed=recipe.seed,
+        dtype=compute_dtype(recipe.models.dtype, cluster),
+        model=names.generator,
+        generate=recipe.generate,
+        partition=partition,
+    )
+    if recipe.generate.engine == "embedded":
+        return job
+    if cluster.servers is None:
+        raise UserError(
+            "generate.engine", f"vllm, but cluster {cluster.name} has no servers", "give its file a `servers` section"
+        )
+    return job.model_copy(update={"runtime": job.runtime.model_copy(update={"servers": cluster.servers.access})})
+
+
+def partition_stage(recipe: Recipe, names: Names, cluster: Cluster, runs_dir: Path, partition: Partition) -> Stage:
+    label = f"generate-{partition.part}-of-{partition.of}"
+    job = generate_job(recipe, names, cluster, runs_dir, partition)
+    return Stage(label, "generate", "datagen.generate", job, (f"corpus-{partition.part}-of-{partition.of}",))
 
 
 def build_stages(recipe: Recipe, names: Names, cluster: Cluster, runs_dir: Path) -> list[Stage]:
@@ -154,9 +188,7 @@ def build_stages(recipe: Recipe, names: Names, cluster: Cluster, runs_dir: Path)
         stages.append(Stage("degrade", "degrade", "recovery.degrade", degrade, ("degraded",)))
     assert degraded is not None
 
-    generate: GenerateJob = build.job(
-        GenerateJob, "generate", seed=seed, dtype=dtype, model=names.generator, generate=recipe.generate
-    )
+    generate = generate_job(recipe, names, cluster, runs_dir)
     stages.append(Stage("generate", "generate", "datagen.generate", generate, ("corpus",)))
 
     contexts: ContextsJob | None = None

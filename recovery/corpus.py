@@ -5,14 +5,16 @@
     <corpus>/tokenizer/                    the tokenizer the ids belong to
     <corpus>/summary.json                  lengths, end-of-text rate, n-gram diversity; "skip": leading positions
                                            of a row that carry no loss (a beginning-of-text id)
+    <corpus>/signal/train/shard-00000.safetensors     teacher signal of the rows of the shard of that number, where
+                                                      it was captured (recovery.teacher_signal)
 
-Each row: global index, seed, start token, length, finish reason, token ids.
+Each row: global index, seed, start token, length, finish reason, token ids. Pages carry checksums.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,10 +26,10 @@ from numpy.typing import NDArray
 
 from recovery.errors import DamagedArtifact, UserError
 from recovery.files import read_json, write_atomic
+from recovery.teacher_signal import TopLogprobs
 
 SUMMARY = "summary.json"
 TOKENIZER = "tokenizer"
-SUMMARY_ROWS = 2000
 Split = Literal["train", "held_out"]
 FinishReason = Literal["length", "stop"]
 SCHEMA = pa.schema(
@@ -48,8 +50,10 @@ class Sample:
     seed: int
     start_token: int
     finish_reason: FinishReason
-    tokens: tuple[int, ...]
+    tokens: Sequence[int] | NDArray[np.int32]
     """All ids, with the beginning-of-text id where the recipe puts one."""
+    signal: TopLogprobs | None = None
+    """The teacher's log-probabilities of the generated tokens, where the server was asked for them."""
 
 
 @dataclass(frozen=True)
@@ -83,33 +87,50 @@ class Tokens:
         )
 
 
-def write_shard(path: Path, samples: Iterable[Sample]) -> None:
-    """Write one shard, whole or not at all; equal samples give equal bytes."""
-    rows = list(samples)
-    table = pa.table(
+def to_table(samples: Sequence[Sample]) -> pa.Table:
+    """The samples as a table of SCHEMA, without a Python object per token."""
+    lengths = [len(sample.tokens) for sample in samples]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    parts = [np.asarray(sample.tokens, dtype=np.int32) for sample in samples]
+    values = np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
+    return pa.table(
         {
-            "index": [sample.index for sample in rows],
-            "seed": [sample.seed for sample in rows],
-            "start_token": [sample.start_token for sample in rows],
-            "length": [len(sample.tokens) for sample in rows],
-            "finish_reason": [sample.finish_reason for sample in rows],
-            "tokens": [list(sample.tokens) for sample in rows],
+            "index": [sample.index for sample in samples],
+            "seed": pa.array([sample.seed for sample in samples], pa.uint64()),
+            "start_token": [sample.start_token for sample in samples],
+            "length": lengths,
+            "finish_reason": [sample.finish_reason for sample in samples],
+            "tokens": pa.ListArray.from_arrays(pa.array(offsets), pa.array(values)),
         },
         schema=SCHEMA,
     )
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file, whole or not at all; equal tables give equal bytes."""
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, buffer.getbuffer())
 
 
-def _read_table(path: Path) -> pa.Table:
+def write_shard(path: Path, samples: Sequence[Sample]) -> None:
+    """Write one shard, whole or not at all; equal samples give equal bytes."""
+    write_table(path, to_table(samples))
+
+
+def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """A Parquet file of ours, or some columns of it. Raises DamagedArtifact for one that cannot be read."""
     try:
-        table = pq.read_table(path)
+        return pq.read_table(path, columns=columns, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise DamagedArtifact(
             str(path), "not a readable Parquet shard (truncated?)", "remove its corpus and generate it again"
         ) from error
+
+
+def _read_shard(path: Path) -> pa.Table:
+    table = read_table(path)
     if table.schema.names != SCHEMA.names:
         raise DamagedArtifact(
             str(path),
@@ -119,9 +140,13 @@ def _read_table(path: Path) -> pa.Table:
     return table.cast(SCHEMA)
 
 
+def shards_of(corpus: Path, split: Split) -> list[Path]:
+    return sorted((corpus / split).glob("shard-*.parquet"))
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of one shard."""
-    return _read_table(path).to_pylist()
+    return _read_shard(path).to_pylist()
 
 
 def read_split(corpus: Path, split: Split) -> Tokens:
@@ -129,8 +154,7 @@ def read_split(corpus: Path, split: Split) -> Tokens:
 
     Raises UserError for an empty split, DamagedArtifact for a shard that cannot be read or an index held twice.
     """
-    shards = sorted((corpus / split).glob("shard-*.parquet"))
-    tables = [_read_table(path) for path in shards]
+    tables = [_read_shard(path) for path in shards_of(corpus, split)]
     if not any(table.num_rows for table in tables):
         raise UserError(str(corpus / split), "the corpus has no samples", "generate at least one")
     table = pa.concat_tables(tables).sort_by("index").combine_chunks()
@@ -155,56 +179,3 @@ def check_ids(tokens: Tokens, width: int, where: str) -> None:
             f"token id {int(tokens.ids.max())}, the vocabulary has {width}",
             "generate the corpus from a model of the same vocabulary",
         )
-
-
-def describe_split(folder: Path) -> dict[str, Any]:
-    """The summary of one split's shards; n-grams are counted over its first SUMMARY_ROWS rows."""
-    lengths: list[int] = []
-    starts: set[int] = set()
-    texts: list[list[int]] = []
-    stopped = 0
-    for shard in sorted(folder.glob("shard-*.parquet")):
-        table = _read_table(shard)
-        lengths += table["length"].to_pylist()
-        starts.update(table["start_token"].to_pylist())
-        stopped += table["finish_reason"].to_pylist().count("stop")
-        if len(texts) < SUMMARY_ROWS:
-            texts += table["tokens"][: SUMMARY_ROWS - len(texts)].to_pylist()
-    return {**summarize(texts, stopped, lengths), "start_tokens": len(starts)}
-
-
-def summarize(rows: Sequence[Sequence[int]], stopped: int, all_lengths: Sequence[int] | None = None) -> dict[str, Any]:
-    """Lengths, end-of-text rate, distinct n-grams and the share of repeated 4-grams of a list of token rows.
-
-    all_lengths: of the whole split, where `rows` are only its beginning.
-    distinct_n: different n-grams over all n-grams; repeats_4: the share of a row's 4-grams that already occurred in
-    the same row, averaged over rows (loops show here).
-    """
-    lengths = np.array([len(row) for row in rows] if all_lengths is None else all_lengths)
-    summary: dict[str, Any] = {
-        "samples": len(lengths),
-        "rows_of_n_grams": len(rows),
-        "tokens": int(lengths.sum()),
-        "length": {
-            "min": int(lengths.min()),
-            "mean": round(float(lengths.mean()), 2),
-            "median": float(np.median(lengths)),
-            "max": int(lengths.max()),
-        },
-        "end_of_text_rate": round(stopped / len(lengths), 4),
-    }
-    for size in (1, 2, 3):
-        seen: set[tuple[int, ...]] = set()
-        total = 0
-        for row in rows:
-            grams = list(zip(*(row[offset:] for offset in range(size)), strict=False))
-            seen.update(grams)
-            total += len(grams)
-        summary[f"distinct_{size}"] = round(len(seen) / total, 4) if total else None
-    shares = []
-    for row in rows:
-        grams = list(zip(*(row[offset:] for offset in range(4)), strict=False))
-        if grams:
-            shares.append(1 - len(set(grams)) / len(grams))
-    summary["repeats_4"] = round(float(np.mean(shares)), 4) if shares else None
-    return summary

@@ -31,3 +31,7 @@ class UserErrors(UserError):
 
 class DamagedArtifact(UserError):
     """A finished artifact whose files no longer match its manifest."""
+
+
+class Unavailable(Exception):
+    """Something outside is gone (servers, a node): one line, exit code 1, and the same command goes on later."""

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from recovery.artifacts import Workspace, content_digest, is_artifact, verify
 from recovery.config import ArtifactInput, Job, LooseInput
-from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, DamagedArtifact, UserError
+from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, DamagedArtifact, Unavailable, UserError
 from recovery.files import HashMemory
 
 log = logging.getLogger("recover-lora")
@@ -53,6 +53,9 @@ def exit_code_of(error: BaseException) -> int:
     if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER
+    if isinstance(error, Unavailable):
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
     if isinstance(error, KeyboardInterrupt):
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recovery.corpus import SUMMARY, Sample, check_ids, read_split, summarize, write_shard
+from recovery.corpus import SUMMARY, Sample, check_ids, read_split, write_shard
+from recovery.corpus_statistics import summarize
 from recovery.errors import DamagedArtifact, UserError
 from recovery.files import write_json
 

@@ -1,0 +1,158 @@
+"""Finished samples on disk within seconds, in the order in which they came; then sorted into the corpus' shards.
+
+A pool of servers finishes samples in no particular order. They are written in small pieces as they come, so that
+neither a slow sample nor a kill holds up or loses the others, and nothing but a buffer is kept in memory. When no index
+is missing the pieces are sealed: sorted into shards of SHARD_SAMPLES consecutive indices. Equal samples give equal
+shards, whatever the servers, restarts and partitions were.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from recovery.corpus import SCHEMA, Sample, read_table, to_table, write_table
+from recovery.errors import DamagedArtifact
+from recovery.teacher_signal import TopLogprobs, write_signal
+
+SHARD_SAMPLES = 2048
+SIGNAL = "signal"  # column of a piece
+CACHE_BYTES = 256 << 20
+
+
+class Pieces:
+    """The pieces of one split in `folder`. Written by one process at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._next = 1 + max((int(path.stem.rpartition("-")[2]) for path in self.paths()), default=-1)
+        self._lock = threading.Lock()
+
+    def paths(self) -> list[Path]:
+        return sorted(self._folder.glob("piece-*.parquet"))
+
+    def write(self, samples: Sequence[Sample]) -> None:
+        """One more piece, whole or not at all."""
+        table = to_table(samples)
+        if any(sample.signal is not None for sample in samples):
+            packed = [None if sample.signal is None else sample.signal.pack() for sample in samples]
+            table = table.append_column(SIGNAL, pa.array(packed, pa.large_binary()))
+        with self._lock:
+            write_table(self._folder / f"piece-{self._next:06d}.parquet", table)
+            self._next += 1
+
+
+def drop_damaged(paths: Sequence[Path], warn: Callable[[str], object]) -> None:
+    """Remove shards and pieces that cannot be read (a bad disk): their samples count as missing and are made again."""
+    for path in paths:
+        try:
+            read_table(path)
+        except DamagedArtifact:
+            warn(f"{path.name} is damaged; its samples are made again")
+            path.unlink()
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where each index stands: `source[i]` and `row[i]` of `index[i]`, ascending; of doubles the first source's."""
+
+    sources: list[Path]
+    index: NDArray[np.int64]
+    source: NDArray[np.int32]
+    row: NDArray[np.int32]
+
+    def missing(self, wanted: range) -> NDArray[np.int64]:
+        there = np.zeros(len(wanted), dtype=bool)
+        inside = self.index[(self.index >= wanted.start) & (self.index < wanted.stop)]
+        there[inside - wanted.start] = True
+        return np.flatnonzero(~there) + wanted.start
+
+
+def locate(sources: Sequence[Path]) -> Places:
+    """Find every sample of some shards or pieces by reading their index columns only."""
+    columns = [read_table(path, ["index"])["index"].to_numpy() for path in sources]
+    lengths = [len(column) for column in columns]
+    every = np.concatenate(columns) if columns else np.empty(0, dtype=np.int64)
+    source = np.repeat(np.arange(len(columns), dtype=np.int32), lengths)
+    row = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]) if columns else np.empty(0, dtype=np.int32)
+    index, first = np.unique(every, return_index=True)
+    return Places(list(sources), index, source[first], row[first])
+
+
+class _Cache:
+    """The tables read last, up to CACHE_BYTES of them: neighbouring shards draw on the same few pieces."""
+
+    def __init__(self) -> None:
+        self._tables: OrderedDict[Path, pa.Table] = OrderedDict()
+
+    def __getitem__(self, path: Path) -> pa.Table:
+        if path in self._tables:
+            self._tables.move_to_end(path)
+        else:
+            self._tables[path] = read_table(path)
+            while len(self._tables) > 1 and sum(table.nbytes for table in self._tables.values()) > CACHE_BYTES:
+                self._tables.popitem(last=False)
+        return self._tables[path]
+
+
+def blocks_of(wanted: range, size: int = SHARD_SAMPLES) -> list[range]:
+    return [range(first, min(first + size, wanted.stop)) for first in range(wanted.start, wanted.stop, size)]
+
+
+def is_shard_of(path: Path, wanted: range) -> bool:
+    """Whether this shard is there, whole. One that cannot be read is not; its samples are made again."""
+    if not path.exists():
+        return False
+    try:
+        return read_table(path)["index"].to_pylist() == list(wanted)
+    except DamagedArtifact:
+        return False
+
+
+def seal(
+    sources: Sequence[Path],
+    wanted: range,
+    shards: Path,
+    signal: Path | None = None,
+    on_samples: Callable[[int], Any] = lambda _: None,
+) -> None:
+    """Sort the samples of `sources` into shards of consecutive indices in folder `shards`; what is there is kept.
+
+    signal: folder for the teacher signal that the sources carry, written before its shard. Raises DamagedArtifact when
+    an index is missing.
+    """
+    places, cache = locate(sources), _Cache()
+    for number, block in enumerate(blocks_of(wanted)):
+        path = shards / f"shard-{number:05d}.parquet"
+        signal_path = None if signal is None else signal / f"shard-{number:05d}.safetensors"
+        if not path.exists():
+            table = _gather(places, block, cache)
+            if signal_path is not None:
+                rows = [np.asarray(row.values) for row in table["tokens"]]
+                signals = [TopLogprobs.unpack(packed.as_py()) for packed in table[SIGNAL]]
+                write_signal(signal_path, list(block), rows, signals)
+            write_table(path, table.select(SCHEMA.names))
+        on_samples(len(block))
+
+
+def _gather(places: Places, block: range, cache: _Cache) -> pa.Table:
+    first, last = np.searchsorted(places.index, [block.start, block.stop])
+    if last - first != len(block):
+        raise DamagedArtifact(
+            str(places.sources[0].parent if places.sources else "corpus"),
+            f"{len(block) - (last - first)} samples of {block.start}..{block.stop - 1} are missing",
+            "run the same command again to fill them",
+        )
+    parts = []
+    for number in np.unique(places.source[first:last]):
+        rows = places.row[first:last][places.source[first:last] == number]
+        parts.append(cache[places.sources[number]].take(pa.array(rows)))
+    return pa.concat_tables(parts, promote_options="default").sort_by("index").combine_chunks()

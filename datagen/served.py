@@ -1,0 +1,307 @@
+"""The vllm engine: fills the missing samples of a corpus from a pool of servers.
+
+Only what is missing on disk is asked for, so a restart, with any number of servers, goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import aiohttp
+import numpy as np
+import uvloop
+from numpy.typing import NDArray
+
+from datagen.client import Busy, Pool, Server, Unfit, Work
+from datagen.collector import Collector
+from datagen.config import GenerateJob, Mode, ServerAccess
+from datagen.examination import TEXT, Expected, Findings, examine, refusal_of
+from datagen.fingerprint import Probe, prompts_of, reference_fingerprint
+from datagen.pieces import Pieces
+from datagen.protocol import Phantom, Reply, Sampling, parse_reply
+from datagen.sampling import SamplingPlan
+from datagen.throughput import Throughput
+from recovery.corpus import Sample, Split
+from recovery.errors import UserError
+from recovery.files import read_json, write_json
+from recovery.progress import progress
+from recovery.teacher_signal import TopLogprobs
+from recovery.tracking import Tracker
+
+log = logging.getLogger("recover-lora")
+SCRAPE_SECONDS = 10.0
+PROBE_TIMEOUT_S = 300.0  # a server compiles at its first requests
+MODE_FILE = ".mode.json"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What sampling needs to know of the tokenizer. bos: the id in front of every sample; width: logits in use."""
+
+    tokenizer: Any
+    bos: int | None
+    stops: frozenset[int]
+    width: int
+    eligible: Any
+
+
+class ServedEngine:
+    """One job's conversation with its servers. missing: the indices of each split that are to be made."""
+
+    def __init__(self, job: GenerateJob, folder: Path, vocabulary: Vocabulary) -> None:
+        access = job.runtime.servers
+        if access is None or not access.urls:
+            raise UserError(
+                "generate.engine", "vllm, but no servers are known", "add a `servers` section to the cluster file"
+            )
+        self._job, self._folder, self._access, self._vocabulary = job, folder, access, vocabulary
+        self._findings: dict[str, Findings] = {}
+        self._sampling: Sampling | None = None
+        recorded = folder / MODE_FILE
+        self._mode: Mode | None = read_json(recorded)["mode"] if recorded.exists() else None
+        if self._mode is None and job.generate.mode != "auto":
+            self._mode = job.generate.mode
+        self._headers = self._authorization(access)
+        self._plans: dict[Split, SamplingPlan] = {
+            split: SamplingPlan(job.seed, split, vocabulary.eligible) for split in get_args(Split)
+        }
+
+    @staticmethod
+    def _authorization(access: ServerAccess) -> dict[str, str]:
+        if access.api_key_env is None:
+            return {}
+        key = os.environ.get(access.api_key_env)
+        if not key:
+            raise UserError(
+                "servers.api_key_env", f"{access.api_key_env} is not set", "export it with the servers' key"
+            )
+        return {"Authorization": f"Bearer {key}"}
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """For the manifest."""
+        first = next(iter(self._findings.values()), None)
+        return {
+            "mode": self._mode,
+            "fingerprint_of": self._access.fingerprint,
+            "server_versions": sorted({f.version for f in self._findings.values()}),
+            "model_name": first.model if first else None,
+        }
+
+    def fill(
+        self, missing: dict[Split, NDArray[np.int64]], pieces: dict[Split, Pieces], tracker: Tracker, done: int
+    ) -> dict[str, object]:
+        """Make the missing samples; they are in `pieces` when this returns. done: samples that are there already."""
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(self._fill(missing, pieces, tracker, done))
+
+    async def _fill(
+        self, missing: dict[Split, NDArray[np.int64]], pieces: dict[Split, Pieces], tracker: Tracker, done: int
+    ) -> dict[str, object]:
+        _raise_file_limit(len(self._access.urls) * self._access.requests_per_server + 256)
+        self._expected = self._expectation()
+        count = sum(len(indices) for indices in missing.values())
+        collector = Collector(pieces)
+        bar = progress(done + count, "sample", "generate", done)
+
+        def on_sample(work: Work, sample: Sample) -> None:
+            collector.add(work.split, sample)
+            bar.update()
+
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=20)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=self._headers) as session:
+            self._session = session
+            pool = Pool(self._access, self._complete, self._examine, self._is_healthy, on_sample, collector.is_full)
+            collector.on_written = pool.pump
+            throughput = Throughput(pool)
+            jobs = [
+                asyncio.ensure_future(pool.run(self._works(missing))),
+                asyncio.ensure_future(collector.watch()),
+                asyncio.ensure_future(self._report(throughput, tracker, bar)),
+            ]
+            try:
+                finished, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
+                for job in finished:
+                    job.result()
+            finally:
+                for job in jobs:
+                    job.cancel()
+                await asyncio.gather(*jobs, return_exceptions=True)
+                await collector.close()
+                bar.close()
+                tracker.metrics(throughput.look(), bar.n)
+        return throughput.record()
+
+    def _expectation(self) -> Expected:
+        job, vocabulary = self._job, self._vocabulary
+        prompts = prompts_of(vocabulary.eligible, vocabulary.bos)
+        fingerprint: list[Probe] | None = None
+        if self._access.fingerprint == "reference":
+            memory = self._folder.parent / ".fingerprints"
+            fingerprint = reference_fingerprint(job.model, job.dtype, prompts, vocabulary.width, memory)
+        tokens = list(vocabulary.tokenizer(TEXT, add_special_tokens=False).input_ids)
+        return Expected(job.model, job.dtype, job.generate, tokens, prompts, fingerprint)
+
+    def _works(self, missing: dict[Split, NDArray[np.int64]]) -> Iterator[Work]:
+        longest = self._job.generate.max_length
+        for split, indices in missing.items():
+            plan = self._plans[split]
+            for index in indices.tolist():
+                start = plan.start(index)
+                yield Work(split, index, start.seed, start.token, longest)
+
+    # ---- one server ----
+
+    async def _examine(self, server: Server) -> None:
+        async def wire(path: str, body: bytes | None = None) -> tuple[int, bytes]:
+            return await self._send(server.url + path, body, PROBE_TIMEOUT_S)
+
+        findings = await examine(wire, self._expected)
+        if self._expected.fingerprint is None:
+            # The first server to answer sets what the others must agree with.
+            self._expected = Expected(**{**vars(self._expected), "fingerprint": findings.fingerprint})
+        self._agree_on_mode(findings)
+        server.model = findings.model
+        self._findings[server.url] = findings
+
+    def _agree_on_mode(self, findings: Findings) -> None:
+        """One mode for the whole corpus, as the two draw different samples: the first server's, unless it is given."""
+        if self._mode is None:
+            self._mode = findings.mode
+            write_json(self._folder / MODE_FILE, {"mode": self._mode})
+        if self._mode == "one_request" and findings.mode != "one_request":
+            raise Unfit(
+                "it has not loaded our logits processor, which this corpus was begun with; start it with "
+                "--logits-processors datagen.vllm_processor:HybridSampling, or set generate.mode=two_requests"
+            )
+        if not (self._folder / MODE_FILE).exists():
+            write_json(self._folder / MODE_FILE, {"mode": self._mode})
+
+    async def _is_healthy(self, server: Server) -> bool:
+        try:
+            status, _ = await self._send(server.url + "/health", None, 20.0)
+        except (aiohttp.ClientError, OSError):
+            return False
+        return status < 500
+
+    async def _send(self, url: str, body: bytes | None, timeout: float) -> tuple[int, bytes]:
+        async with asyncio.timeout(timeout):
+            if body is None:
+                async with self._session.get(url, allow_redirects=False) as response:
+                    return response.status, await response.read()
+            headers = {"Content-Type": "application/json"}
+            async with self._session.post(url, data=body, headers=headers, allow_redirects=False) as response:
+                return response.status, await response.read()
+
+    # ---- one sample ----
+
+    async def _complete(self, server: Server, work: Work) -> Sample:
+        bos, settings = self._vocabulary.bos, self._job.generate
+        prompt = [work.start_token] if bos is None else [bos, work.start_token]
+        seed = work.seed
+        while True:
+            try:
+                replies = await self._replies(server, prompt, seed)
+                break
+            except Phantom:
+                # Only without our processor, which keeps such tokens from being drawn: the sample is drawn anew, from
+                # a seed that follows from the first. It stays a function of its index.
+                seed = SamplingPlan.next_seed(seed)
+        tokens = np.concatenate([np.array(prompt, dtype=np.int32), *(reply.tokens for reply in replies)])
+        reason = replies[-1].finish_reason if replies else "length"
+        signal = None
+        if settings.capture_logprobs and replies:
+            parts = [reply.signal for reply in replies if reply.signal is not None]
+            fields = ("ids", "logprobs", "emitted", "drawn")
+            signal = TopLogprobs(*(np.concatenate([getattr(part, name) for part in parts]) for name in fields))
+        return Sample(work.index, seed, work.start_token, reason, tokens, signal)
+
+    async def _replies(self, server: Server, prompt: list[int], seed: int) -> list[Reply]:
+        """The new tokens, in one request or in two."""
+        settings = self._job.generate
+        room = settings.max_length - len(prompt)
+        if room <= 0:
+            return []
+        sampling = self._sampling
+        if sampling is None or sampling.model != server.model:
+            assert self._mode is not None
+            sampling = self._sampling = Sampling(
+                server.model, settings, self._mode, self._vocabulary.stops, self._vocabulary.width
+            )
+        if self._mode == "one_request":
+            body = await self._post(server, sampling.hybrid(prompt, seed))
+            return [parse_reply(body, prompt, room, sampling, settings.greedy_tokens)]
+        replies = []
+        if first := min(settings.greedy_tokens, room):
+            body = await self._post(server, sampling.greedy(prompt, first))
+            replies.append(parse_reply(body, prompt, first, sampling, first))
+            prompt = [*prompt, *replies[0].tokens.tolist()]
+            if replies[0].finish_reason == "stop" or first == room:
+                return replies
+        body = await self._post(server, sampling.drawn(prompt, seed))
+        return [*replies, parse_reply(body, prompt, room - first, sampling, 0)]
+
+    async def _post(self, server: Server, body: bytes) -> bytes:
+        headers = {"Content-Type": "application/json"}
+        url = server.url + "/v1/completions"
+        async with self._session.post(url, data=body, headers=headers, allow_redirects=False) as response:
+            answer = await response.read()
+            if response.status == 200:
+                return answer
+            if response.status in (429, 503):
+                raise Busy(response.status, _seconds(response.headers.get("Retry-After")))
+            if response.status >= 500 or response.status == 404:
+                raise aiohttp.ClientPayloadError(f"HTTP {response.status}")
+            raise refusal_of(response.status, answer)
+
+    # ---- reporting ----
+
+    async def _report(self, throughput: Throughput, tracker: Tracker, bar: Any) -> None:
+        """The progress line every second; the servers' metrics, and MLflow, every SCRAPE_SECONDS."""
+        pool = throughput.pool
+        scraped = time.monotonic()
+        tokens_then, then = 0, time.monotonic()
+        while True:
+            await asyncio.sleep(1.0)
+            now = time.monotonic()
+            tokens = sum(server.tokens for server in pool.servers)
+            usable = sum(server.usable for server in pool.servers)
+            rate = (tokens - tokens_then) / (now - then)
+            bar.set_postfix_str(
+                f"{rate:.0f} tok/s, {pool.outstanding} in flight, {usable}/{len(pool.servers)} servers", refresh=False
+            )
+            if now - scraped >= SCRAPE_SECONDS:
+                await asyncio.gather(*(self._scrape(server, throughput) for server in pool.servers if server.usable))
+                tracker.metrics(throughput.look(), bar.n)
+                scraped, tokens_then, then = now, tokens, now
+
+    async def _scrape(self, server: Server, throughput: Throughput) -> None:
+        try:
+            status, page = await self._send(server.url + "/metrics", None, 10.0)
+        except (aiohttp.ClientError, OSError):
+            return
+        if status == 200:
+            throughput.saw(server.url, page)
+
+
+def _seconds(text: str | None) -> float | None:
+    try:
+        return min(float(text), 60.0) if text is not None else None
+    except ValueError:
+        return None
+
+
+def _raise_file_limit(wanted: int) -> None:
+    """One connection a request in flight needs one file descriptor each."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(wanted, soft), hard), hard))

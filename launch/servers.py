@@ -1,0 +1,260 @@
+"""The pool of vLLM servers of a cluster: one a device, each a process group of its own.
+
+Started, waited for, started again when one dies (a bounded number of times), and ended: only those started here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from datagen.config import GenerateJob
+from launch.cluster import Cluster, LocalServers, uses_gpu
+from recovery.artifacts import REPOSITORY
+from recovery.errors import Unavailable, UserError
+from recovery.progress import progress
+
+log = logging.getLogger("recover-lora")
+PROCESSOR = "datagen.vllm_processor:HybridSampling"
+POLL_S = 1.0
+STOP_S = 15.0
+LAST_LINES = 5
+
+
+@dataclass
+class Process:
+    """One server. process: None where it was running before us."""
+
+    number: int
+    url: str
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+    restarts: int = 0
+    given_up: bool = False
+
+
+def answers(url: str) -> bool:
+    """Whether a healthy server listens there."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError, ValueError):
+        return False
+
+
+class ServerPool:
+    """with ServerPool(job, cluster, logs): ... the servers answer here
+
+    job: the generate job whose model and lengths they serve; logs: folder of one log file each. Raises UserError for
+    what the user can mend (no vLLM, a port in use), Unavailable when a server does not come up.
+    """
+
+    def __init__(self, job: GenerateJob, cluster: Cluster, logs: Path) -> None:
+        assert isinstance(cluster.servers, LocalServers)
+        self._job, self._cluster, self._settings, self._logs = job, cluster, cluster.servers, logs
+        self._on_gpu = uses_gpu(cluster)
+        self.servers = [
+            Process(number, self._settings.url(number), logs / f"server-{number}.log")
+            for number in range(self._settings.count)
+        ]
+        self._stopping = threading.Event()
+        self._failure: Exception | None = None
+        self._thread: threading.Thread | None = None
+
+    # ---- what is started ----
+
+    def command(self) -> list[str]:
+        """vLLM's command line, without port."""
+        job, settings = self._job, self._settings
+        arguments = {
+            "--model": job.model.path,
+            **({"--revision": job.model.revision} if job.model.revision else {}),
+            "--host": "127.0.0.1",
+            "--dtype": job.dtype,
+            "--max-model-len": str(job.generate.max_length),
+            "--max-num-seqs": str(settings.sequences),
+            # Sampling defaults come from the request alone, never from the model's generation_config.json.
+            "--generation-config": "vllm",
+            "--logits-processors": PROCESSOR,
+            "--logprobs-mode": "raw_logprobs",
+            "--max-logprobs": str(max(20, job.generate.capture_logprobs)),
+            "--uvicorn-log-level": "warning",
+        }
+        flags = ["--no-enable-prefix-caching"]  # prompts are one token long
+        if not self._on_gpu:
+            flags.append("--enforce-eager")  # compiling takes longer than it saves on a CPU
+        module = ["-m", "vllm.entrypoints.openai.api_server"]
+        given = [part for pair in arguments.items() for part in pair]
+        return [str(self.python), *module, *given, *flags, *settings.arguments]
+
+    @property
+    def python(self) -> Path:
+        """The interpreter with vLLM; a relative path is one of this checkout."""
+        return REPOSITORY / self._settings.python
+
+    def environment(self, number: int) -> dict[str, str]:
+        """One device, one share of the cores, and the key, for one server."""
+        settings = self._settings
+        own: dict[str, str] = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        if self._on_gpu:
+            own |= {"CUDA_VISIBLE_DEVICES": str(number), "HIP_VISIBLE_DEVICES": str(number)}
+        else:
+            own |= {
+                "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
+                "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, self.cores(number))),
+            }
+        if settings.api_key_env is not None:
+            key = os.environ.get(settings.api_key_env)
+            if not key:
+                raise UserError("servers.api_key_env", f"{settings.api_key_env} is not set", "export a key of your own")
+            # In the environment: a command line can be read by every user of the machine.
+            own["VLLM_API_KEY"] = key
+        # The logits processor is imported from this checkout. Where it is set, every start would compile vLLM anew.
+        paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        own["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        return {**inherited, **own, **self._cluster.environment, **settings.environment}
+
+    def cores(self, number: int) -> list[int]:
+        """The cores of one CPU server: its share of those that this process may use."""
+        available = sorted(os.sched_getaffinity(0))
+        share = self._settings.cores or max(len(available) // self._settings.count, 1)
+        first = number * share % len(available)
+        return available[first : first + share]
+
+    # ---- their life ----
+
+    def __enter__(self) -> ServerPool:
+        missing = [server for server in self.servers if not answers(server.url)]
+        for server in self.servers:
+            if server not in missing:
+                log.info("%s answers already and is used as it is", server.url)
+        if missing:
+            self._check(missing)
+        try:
+            for server in missing:
+                self._start(server)
+            self._thread = threading.Thread(target=self._supervise, name="servers", daemon=True)
+            self._thread.start()
+            self._wait_for(missing)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _check(self, servers: list[Process]) -> None:
+        if not self.python.exists():
+            raise UserError(
+                "servers.python", f"no file {self.python}", "`make install-vllm` makes .venv-vllm, or name another"
+            )
+        for server in servers:
+            port = self._settings.port + server.number
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(("127.0.0.1", port))
+                except OSError as error:
+                    raise UserError(
+                        "servers.port", f"port {port} is in use", "choose another, or end its user"
+                    ) from error
+
+    def _start(self, server: Process) -> None:
+        self._logs.mkdir(parents=True, exist_ok=True)
+        port = str(self._settings.port + server.number)
+        guard = [sys.executable, "-m", "launch.guard", str(os.getpid())]
+        with server.log.open("ab") as output:
+            server.process = subprocess.Popen(
+                [*guard, *self.command(), "--port", port],
+                env=self.environment(server.number),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def _wait_for(self, servers: list[Process]) -> None:
+        """Until all are healthy. Raises Unavailable with the last lines of the log of one that is not."""
+        deadline = time.monotonic() + self._settings.start_timeout_s
+        bar = progress(len(servers), "server", "start servers")
+        waiting = list(servers)
+        try:
+            while waiting:
+                if self._failure is not None:
+                    raise self._failure
+                if time.monotonic() > deadline:
+                    raise Unavailable(
+                        f"{waiting[0].url} did not answer within {self._settings.start_timeout_s:.0f} s; "
+                        f"see {waiting[0].log}\n{self._end_of_log(waiting[0])}"
+                    )
+                for server in [server for server in waiting if answers(server.url)]:
+                    waiting.remove(server)
+                    bar.update()
+                time.sleep(0.2)
+                bar.refresh() if sys.stderr.isatty() else None
+        finally:
+            bar.close()
+
+    def _supervise(self) -> None:
+        """Start a dead server again, up to max_restarts times; one that is given up leaves the others to work on."""
+        while not self._stopping.wait(POLL_S):
+            for server in self.servers:
+                if server.process is None or server.given_up or server.process.poll() is None:
+                    continue
+                if server.restarts >= self._settings.max_restarts:
+                    server.given_up = True
+                    message = f"server {server.url} died {server.restarts + 1} times; see {server.log}"
+                    log.error("%s\n%s", message, self._end_of_log(server))
+                    self._failure = Unavailable(f"{message}\n{self._end_of_log(server)}")
+                    continue
+                server.restarts += 1
+                log.warning("server %s died; start %d of %d", server.url, server.restarts, self._settings.max_restarts)
+                self._start(server)
+
+    @staticmethod
+    def _end_of_log(server: Process) -> str:
+        try:
+            lines = server.log.read_text(errors="replace").splitlines()
+        except OSError:
+            return ""
+        telling = [line for line in lines if "Error" in line or "error" in line] or lines
+        return "\n".join(f"    {line[:200]}" for line in telling[-LAST_LINES:])
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether every server that was started here has been given up."""
+        own = [server for server in self.servers if server.process is not None]
+        return bool(own) and len(own) == len(self.servers) and all(server.given_up for server in own)
+
+    def stop(self) -> None:
+        """End the servers that were started here: SIGTERM to each guard, SIGKILL to what is left of its group."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+        own = [server.process for server in self.servers if server.process is not None]
+        for process in own:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + STOP_S
+        for process in own:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(deadline - time.monotonic(), 0.1))
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
