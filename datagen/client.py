@@ -30,6 +30,7 @@ MOST_TRIES = 25
 PAUSE_S, LONGEST_PAUSE_S = 0.25, 15.0
 LONGEST_PROBE_PAUSE_S = 30.0
 HEALTH_EVERY_S, HEALTH_TIMEOUT_S, HEALTH_MISSES = 5.0, 20.0, 3
+SHOWN = 4  # servers named in a message
 TAKE_OVER_AFTER = 3.0  # times the usual duration of a request
 
 
@@ -160,7 +161,9 @@ class Pool:
             server.usable, server.why, server.failures = True, "", 0
 
     def _raise_none_left(self) -> None:
-        reasons = "; ".join(f"{server.url}: {server.why}" for server in self.servers)
+        reasons = "; ".join(f"{server.url}: {server.why}" for server in self.servers[:SHOWN])
+        if len(self.servers) > SHOWN:
+            reasons += f"; and {len(self.servers) - SHOWN} more"
         if all(server.why.startswith("unfit") for server in self.servers):
             raise UserError("servers", reasons, "serve the recipe's model there, or change the cluster file")
         raise Unavailable(f"no server is left ({reasons}); start them and run the same command again to go on")
@@ -202,14 +205,13 @@ class Pool:
     async def _serve(self, server: Server, work: Work) -> None:
         begun = time.monotonic()
         try:
-            async with asyncio.timeout(self._access.timeout_s):
-                sample = await self._complete(server, work)
+            sample = await self._complete(server, work)
         except RETRIED as error:
             if work in self._active:
                 self._failed(server, work, error)
             return
         except asyncio.CancelledError:
-            # Its server was set aside, or another copy of the work is done.
+            # Its server was set aside, it took too long, or another copy of the work is done.
             self._leave(work)
             if work in self._active and not self._end.done() and not work.running:
                 self._retry(work, server, None)
@@ -272,6 +274,8 @@ class Pool:
     def _set_aside(self, server: Server, why: str, *, examined: bool = False) -> None:
         if not server.usable and not examined:
             return
+        if server.usable:
+            self._last_usable = time.monotonic()
         server.usable, server.why = False, why
         log.debug("%s is set aside: %s", server.url, why)
         self._spawn(self._bring_back(server))
@@ -316,6 +320,7 @@ class Pool:
             elif now - self._last_usable > self._access.patience_s:
                 self._raise_none_left()
             self.pump()
+            self._end_overdue(now)
             self._take_over(now)
             if now >= next_health:
                 usable = [server for server in self.servers if server.usable]
@@ -328,6 +333,16 @@ class Pool:
                         for task in list(server.tasks):
                             task.cancel()
                 next_health = time.monotonic() + HEALTH_EVERY_S
+
+    def _end_overdue(self, now: float) -> None:
+        """Give up requests that run for longer than `timeout_s`: looked at here, as a timer for each costs a tenth of
+        the client's time."""
+        for work in list(self._active):
+            if now - work.started > self._access.timeout_s:
+                for task, server in list(work.running.items()):
+                    server.errors += 1
+                    self._set_aside(server, f"no reply within {self._access.timeout_s:.0f} s")
+                    task.cancel()
 
     def _take_over(self, now: float) -> None:
         """With no index left, give requests that run unusually long to servers with room; the first reply counts."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from datagen.pieces import Pieces
 from recovery.corpus import Sample, Split
 
-FLUSH_SECONDS, FLUSH_BYTES = 5.0, 32 << 20
+FLUSH_SECONDS, FLUSH_BYTES = 5.0, 8 << 20
 
 
 class Collector:

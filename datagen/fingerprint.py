@@ -60,6 +60,18 @@ def probe_model(model: Any, prompts: Sequence[Sequence[int]], width: int) -> lis
     return probes
 
 
+def to_json(probes: Sequence[Probe]) -> list[dict[str, Any]]:
+    return [asdict(probe) for probe in probes]
+
+
+def from_json(stored: Sequence[Mapping[str, Any]]) -> list[Probe]:
+    """Raises KeyError, TypeError, ValueError or AttributeError for what `to_json` did not write."""
+    return [
+        Probe(tuple(p["prompt"]), tuple(p["tokens"]), tuple({int(k): v for k, v in top.items()} for top in p["top"]))
+        for p in stored
+    ]
+
+
 def reference_fingerprint(
     model: ModelInput, dtype: Dtype, prompts: Sequence[Sequence[int]], width: int, folder: Path
 ) -> list[Probe]:
@@ -67,11 +79,7 @@ def reference_fingerprint(
     path = folder / f"{model.digest.replace('/', '_').replace(':', '_')[:80]}-{dtype}.json"
     wanted = [list(prompt) for prompt in prompts]
     try:
-        stored = json.loads(path.read_text())
-        probes = [
-            Probe(tuple(p["prompt"]), tuple(p["tokens"]), tuple({int(k): v for k, v in t.items()} for t in p["top"]))
-            for p in stored
-        ]
+        probes = from_json(json.loads(path.read_text()))
         if [list(probe.prompt) for probe in probes] == wanted:
             return probes
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -80,7 +88,7 @@ def reference_fingerprint(
 
     probes = probe_model(load_model(model, dtype), prompts, width)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, [asdict(probe) for probe in probes])
+    write_json(path, to_json(probes))
     return probes
 
 

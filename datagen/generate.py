@@ -11,13 +11,12 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from datagen.config import GenerateJob
-from datagen.embedded import EmbeddedEngine
 from datagen.pieces import Pieces, blocks_of, drop_damaged, is_shard_of, locate, seal
 from datagen.sampling import SamplingPlan, bos_id, eligible_ids, stop_ids
 from datagen.served import ServedEngine, Vocabulary
@@ -26,10 +25,12 @@ from recovery.config import ModelInput
 from recovery.corpus import SUMMARY, TOKENIZER, Split, shards_of, write_shard
 from recovery.corpus_statistics import describe_split
 from recovery.files import write_json
-from recovery.models import load_model, quiet_libraries
 from recovery.progress import progress
 from recovery.stage import run_stage
 from recovery.tracking import Tracker
+
+if TYPE_CHECKING:
+    from datagen.embedded import EmbeddedEngine
 
 log = logging.getLogger("recover-lora")
 PIECES = ".pieces"
@@ -96,6 +97,10 @@ def fill_embedded(
 
 
 def generate_embedded(job: GenerateJob, workspace: Workspace, vocabulary: Vocabulary) -> dict[str, Any]:
+    # Here, as torch alone is 200 MB of a client that does without it.
+    from datagen.embedded import EmbeddedEngine
+    from recovery.models import load_model
+
     model = load_model(job.model, job.dtype)
     engine = EmbeddedEngine(model, job.generate, vocabulary.width, vocabulary.bos, vocabulary.stops)
     for split, wanted in wanted_of(job).items():
@@ -163,7 +168,6 @@ def describe(folder: Path, vocabulary: Vocabulary, tracker: Tracker) -> dict[str
 def produce(job: GenerateJob, workspace: Workspace) -> dict[str, Any]:
     from datagen.plots import plot_corpus
 
-    quiet_libraries()
     folder = workspace.path
     vocabulary = load_sampling_vocabulary(job.model, job)
     with Tracker(job.runtime.tracking, folder / "metrics.jsonl") as tracker:

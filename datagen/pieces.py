@@ -25,7 +25,7 @@ from recovery.teacher_signal import TopLogprobs, write_signal
 
 SHARD_SAMPLES = 2048
 SIGNAL = "signal"  # column of a piece
-CACHE_BYTES = 256 << 20
+CACHE_BYTES = 48 << 20
 
 
 class Pieces:

@@ -6,12 +6,14 @@ Only what is missing on disk is asked for, so a restart, with any number of serv
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import resource
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,12 +21,13 @@ import aiohttp
 import numpy as np
 import uvloop
 from numpy.typing import NDArray
+from yarl import URL
 
 from datagen.client import Busy, Pool, Server, Unfit, Work
 from datagen.collector import Collector
 from datagen.config import GenerateJob, Mode, ServerAccess
 from datagen.examination import TEXT, Expected, Findings, examine, refusal_of
-from datagen.fingerprint import Probe, prompts_of, reference_fingerprint
+from datagen.fingerprint import Probe, from_json, prompts_of, reference_fingerprint, to_json
 from datagen.pieces import Pieces
 from datagen.protocol import Phantom, Reply, Sampling, parse_reply
 from datagen.sampling import SamplingPlan
@@ -39,7 +42,7 @@ from recovery.tracking import Tracker
 log = logging.getLogger("recover-lora")
 SCRAPE_SECONDS = 10.0
 PROBE_TIMEOUT_S = 300.0  # a server compiles at its first requests
-MODE_FILE = ".mode.json"
+AGREEMENT = ".agreement.json"
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,15 @@ class ServedEngine:
         self._job, self._folder, self._access, self._vocabulary = job, folder, access, vocabulary
         self._findings: dict[str, Findings] = {}
         self._sampling: Sampling | None = None
-        recorded = folder / MODE_FILE
-        self._mode: Mode | None = read_json(recorded)["mode"] if recorded.exists() else None
-        if self._mode is None and job.generate.mode != "auto":
-            self._mode = job.generate.mode
+        self._agreement = folder / AGREEMENT
+        self._mode: Mode | None = None if job.generate.mode == "auto" else job.generate.mode
+        self._agreed: list[Probe] | None = None
+        if self._agreement.exists():
+            agreed = read_json(self._agreement)
+            self._mode, self._agreed = agreed["mode"], from_json(agreed["fingerprint"])
+        self._first = asyncio.Lock()
         self._headers = self._authorization(access)
+        self._addresses = {url: URL(f"{url}/v1/completions") for url in access.urls}
         self._plans: dict[Split, SamplingPlan] = {
             split: SamplingPlan(job.seed, split, vocabulary.eligible) for split in get_args(Split)
         }
@@ -116,9 +123,18 @@ class ServedEngine:
             collector.add(work.split, sample)
             bar.update()
 
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=20)
-        async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=self._headers) as session:
+        session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=20),
+            headers=self._headers,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
+        )
+        # Thousands of requests in flight are as many live objects, which the default thresholds walk again and again.
+        gc.freeze()
+        gc.set_threshold(100_000, 20, 100)
+        async with session:
             self._session = session
             pool = Pool(self._access, self._complete, self._examine, self._is_healthy, on_sample, collector.is_full)
             collector.on_written = pool.pump
@@ -144,8 +160,8 @@ class ServedEngine:
     def _expectation(self) -> Expected:
         job, vocabulary = self._job, self._vocabulary
         prompts = prompts_of(vocabulary.eligible, vocabulary.bos)
-        fingerprint: list[Probe] | None = None
-        if self._access.fingerprint == "reference":
+        fingerprint = self._agreed
+        if fingerprint is None and self._access.fingerprint == "reference":
             memory = self._folder.parent / ".fingerprints"
             fingerprint = reference_fingerprint(job.model, job.dtype, prompts, vocabulary.width, memory)
         tokens = list(vocabulary.tokenizer(TEXT, add_special_tokens=False).input_ids)
@@ -165,26 +181,30 @@ class ServedEngine:
         async def wire(path: str, body: bytes | None = None) -> tuple[int, bytes]:
             return await self._send(server.url + path, body, PROBE_TIMEOUT_S)
 
-        findings = await examine(wire, self._expected)
-        if self._expected.fingerprint is None:
-            # The first server to answer sets what the others must agree with.
-            self._expected = Expected(**{**vars(self._expected), "fingerprint": findings.fingerprint})
-        self._agree_on_mode(findings)
+        # One after the other while the first to answer still has to set what the others must agree with.
+        async with self._first if self._expected.fingerprint is None else nullcontext():
+            findings = await examine(wire, self._expected)
+            self._agree(findings)
         server.model = findings.model
         self._findings[server.url] = findings
 
-    def _agree_on_mode(self, findings: Findings) -> None:
-        """One mode for the whole corpus, as the two draw different samples: the first server's, unless it is given."""
-        if self._mode is None:
-            self._mode = findings.mode
-            write_json(self._folder / MODE_FILE, {"mode": self._mode})
-        if self._mode == "one_request" and findings.mode != "one_request":
+    def _agree(self, findings: Findings) -> None:
+        """One mode and one model for the whole corpus, after a restart too: as given, else as the first server has it.
+
+        The two modes draw different samples of the same distribution, so a corpus is of one.
+        """
+        mode = self._mode or findings.mode
+        if mode == "one_request" and findings.mode != "one_request":
             raise Unfit(
                 "it has not loaded our logits processor, which this corpus was begun with; start it with "
                 "--logits-processors datagen.vllm_processor:HybridSampling, or set generate.mode=two_requests"
             )
-        if not (self._folder / MODE_FILE).exists():
-            write_json(self._folder / MODE_FILE, {"mode": self._mode})
+        self._mode = mode
+        if self._expected.fingerprint is None:
+            self._expected = replace(self._expected, fingerprint=findings.fingerprint)
+        if not self._agreement.exists():
+            agreed = self._expected.fingerprint or findings.fingerprint
+            write_json(self._agreement, {"mode": mode, "fingerprint": to_json(agreed)})
 
     async def _is_healthy(self, server: Server) -> bool:
         try:
@@ -251,9 +271,9 @@ class ServedEngine:
         return [*replies, parse_reply(body, prompt, room - first, sampling, 0)]
 
     async def _post(self, server: Server, body: bytes) -> bytes:
-        headers = {"Content-Type": "application/json"}
-        url = server.url + "/v1/completions"
-        async with self._session.post(url, data=body, headers=headers, allow_redirects=False) as response:
+        url = self._addresses[server.url]
+        payload = aiohttp.BytesPayload(body, content_type="application/json")
+        async with self._session.post(url, data=payload, allow_redirects=False) as response:
             answer = await response.read()
             if response.status == 200:
                 return answer

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from recovery.corpus import Split, read_table, shards_of
 
-N_GRAM_TOKENS = 4_000_000
+N_GRAM_TOKENS = 1_000_000
 
 
 def describe_split(corpus: Path, split: Split) -> dict[str, Any]:
@@ -29,9 +29,11 @@ def describe_split(corpus: Path, split: Split) -> dict[str, Any]:
         starts.append(np.unique(table["start_token"].to_numpy()))
         stopped += table["finish_reason"].to_pylist().count("stop")
         if tokens < N_GRAM_TOKENS:
-            lists = read_table(shard, ["tokens"])["tokens"]
-            rows += [np.asarray(row.values) for row in lists]
-            tokens += int(lengths[-1].sum())
+            for row in read_table(shard, ["tokens"])["tokens"]:
+                rows.append(np.asarray(row.values))
+                tokens += len(rows[-1])
+                if tokens >= N_GRAM_TOKENS:
+                    break
     summary = summarize(rows, stopped, np.concatenate(lengths))
     return {**summary, "start_tokens": len(np.unique(np.concatenate(starts)))}
 
