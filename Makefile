@@ -8,6 +8,10 @@ PIP_VERSION := 26.3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# vLLM's own environment, as it wants another transformers; on a cluster its container takes this place.
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
+VLLM_RECIPE ?= launch/recipes/smollm2-135m/demo-vllm.yaml
 # Imported once at the end of the installation, which byte-compiles what is used: sooner done and 0.5 GB smaller
 # than letting pip compile everything there is.
 USED := torch, deepspeed, peft, datasets, mlflow, matplotlib.pyplot, scipy.stats, lm_eval.models.huggingface, \
@@ -15,7 +19,8 @@ USED := torch, deepspeed, peft, datasets, mlflow, matplotlib.pyplot, scipy.stats
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install assets demo lint format test clean clean-venv clean-assets clean-runs
+.PHONY: help install install-vllm assets demo demo-vllm lint format test test-vllm bench bench-client bench-generate \
+        clean clean-venv clean-assets clean-runs
 # Where it is set, every start would compile those libraries anew (20 s).
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -36,11 +41,29 @@ $(STAMP): pyproject.toml requirements/core.txt
 	@$(BIN)/python -c 'import $(USED)' > $(VENV)/imports.log 2>&1 || { cat $(VENV)/imports.log; exit 1; }
 	@touch $@
 
+install-vllm: $(VLLM_STAMP) ## make .venv-vllm with a CPU build of vLLM, for the server pool
+
+$(VLLM_STAMP): requirements/vllm.txt
+	@test -x $(VLLM_VENV)/bin/pip || $(PYTHON) -m venv $(VLLM_VENV)
+	@echo "installing the pinned vLLM into $(VLLM_VENV) (2 to 4 minutes)"
+	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check pip==$(PIP_VERSION)
+	@$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --no-compile \
+	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/vllm.txt
+	@# Built for another torch; vLLM imports them where they are and fails.
+	@$(VLLM_VENV)/bin/python -m pip uninstall -qq --disable-pip-version-check -y torchvision torchaudio torchcodec
+	@# Byte-compiles what a server uses, so that the first one does not start for minutes.
+	@$(VLLM_VENV)/bin/python -c 'import vllm.entrypoints.openai.api_server, vllm.v1.engine.core' \
+	    > $(VLLM_VENV)/imports.log 2>&1 || { cat $(VLLM_VENV)/imports.log; exit 1; }
+	@touch $@
+
 assets: install ## fetch the small public model and the benchmark sets into assets/
 	@$(BIN)/python -m launch.assets
 
 demo: install assets ## recover a damaged 135M model end to end: 20 minutes on 2 cores
 	@$(BIN)/recover-lora run $(RECIPE)
+
+demo-vllm: install install-vllm assets ## the demo with its corpus drawn by real vLLM servers
+	@$(BIN)/recover-lora run $(VLLM_RECIPE)
 
 lint: install ## ruff and pyright
 	@$(BIN)/ruff check .
@@ -54,12 +77,23 @@ format: install ## let ruff put the code in order
 test: install assets lint ## lint, types and all tests, the real model included
 	@$(BIN)/python -m pytest
 
+test-vllm: install install-vllm assets ## the server pool and the logits processor on a real vLLM: 10 minutes
+	@$(BIN)/python -m pytest -m vllm
+
+bench: bench-client bench-generate ## every measurement; rows in runs/bench/summary.json
+
+bench-client: install assets ## the pool's client against 64 fake servers with faults
+	@$(BIN)/python -m tests.benchmarks.client
+
+bench-generate: install install-vllm assets ## bulk generation on a real vLLM, beside its own benchmark and other samplers
+	@$(BIN)/python -m tests.benchmarks.generation
+
 clean: ## remove caches
 	rm -rf .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
 
-clean-venv: ## remove .venv
-	rm -rf $(VENV)
+clean-venv: ## remove .venv and .venv-vllm
+	rm -rf $(VENV) $(VLLM_VENV)
 
 clean-assets: ## remove assets/
 	rm -rf assets

@@ -103,6 +103,8 @@ class Pool:
     ) -> None:
         self.servers = [Server(url) for url in access.urls]
         self.retries = 0
+        self.began = time.monotonic()
+        """When the first request was sent, after the examination."""
         self._access = access
         self._complete, self._examine, self._is_healthy = complete, examine, is_healthy
         self._on_sample, self._is_full = on_sample, is_full
@@ -126,6 +128,7 @@ class Pool:
         self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         try:
             await self._examine_all()
+            self.began = time.monotonic()
             self._spawn(self._watch())
             self.pump()
             await self._end

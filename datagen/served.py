@@ -67,7 +67,7 @@ class ServedEngine:
             )
         self._job, self._folder, self._access, self._vocabulary = job, folder, access, vocabulary
         self._findings: dict[str, Findings] = {}
-        self._sampling: Sampling | None = None
+        self.sampling: Sampling | None = None
         self._agreement = folder / AGREEMENT
         self._mode: Mode | None = None if job.generate.mode == "auto" else job.generate.mode
         self._agreed: list[Probe] | None = None
@@ -251,10 +251,10 @@ class ServedEngine:
         room = settings.max_length - len(prompt)
         if room <= 0:
             return []
-        sampling = self._sampling
+        sampling = self.sampling
         if sampling is None or sampling.model != server.model:
             assert self._mode is not None
-            sampling = self._sampling = Sampling(
+            sampling = self.sampling = Sampling(
                 server.model, settings, self._mode, self._vocabulary.stops, self._vocabulary.width
             )
         if self._mode == "one_request":

@@ -30,16 +30,12 @@ def parse_metrics(text: bytes) -> dict[str, float]:
 
 @dataclass
 class Throughput:
-    """Rates since the start of this process and since the last look."""
+    """Rates since the first request of this process and since the last look."""
 
     pool: Pool
-    started: float = field(default_factory=time.monotonic)
     first: dict[str, Mapping[str, float]] = field(default_factory=dict)
     latest: dict[str, Mapping[str, float]] = field(default_factory=dict)
     _last: tuple[float, int, int] = (0.0, 0, 0)
-
-    def __post_init__(self) -> None:
-        self._last = (self.started, 0, 0)
 
     def saw(self, url: str, page: bytes) -> None:
         if numbers := parse_metrics(page):
@@ -55,7 +51,7 @@ class Throughput:
         samples = sum(server.samples for server in self.pool.servers)
         tokens = sum(server.tokens for server in self.pool.servers)
         then, samples_then, tokens_then = self._last
-        seconds = max(now - then, 1e-9)
+        seconds = max(now - max(then, self.pool.began), 1e-9)
         self._last = (now, samples, tokens)
         metrics = {
             "perf/tokens_per_second": (tokens - tokens_then) / seconds,
@@ -89,7 +85,7 @@ class Throughput:
 
     def record(self) -> dict[str, object]:
         """What the manifest keeps: totals of this process."""
-        seconds = max(time.monotonic() - self.started, 1e-9)
+        seconds = max(time.monotonic() - self.pool.began, 1e-9)
         tokens = sum(server.tokens for server in self.pool.servers)
         samples = sum(server.samples for server in self.pool.servers)
         return {

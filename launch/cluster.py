@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +14,7 @@ from recovery.config import Config, Dtype
 from recovery.environment import may_have_gpu
 from recovery.errors import UserError
 
+CPU_SERVER_GIB = 4  # of a CPU server beside its KV cache, with a small model
 FOLDER = Path(__file__).resolve().parent / "clusters"
 
 
@@ -21,8 +23,8 @@ class LocalServers(ServerAccess):
     those that `recover-lora serve` keeps running are used as they are."""
 
     kind: Literal["local"] = "local"
-    count: PositiveInt = 1
-    """Servers, one a device."""
+    count: PositiveInt | Literal["auto"] = "auto"
+    """Servers, one a device. auto: one for each GPU; on a CPU two where cores and memory allow, else one."""
     python: Path = Path(".venv-vllm/bin/python")
     """The interpreter that has vLLM; of the container, on a cluster."""
     port: int = Field(default=8100, ge=1024, le=65535)
@@ -45,7 +47,7 @@ class LocalServers(ServerAccess):
     def _fits(self) -> LocalServers:
         if self.urls:
             raise ValueError("servers with urls are started by somebody else: kind: external")
-        if self.port + self.count - 1 > 65535:
+        if self.port + (self.count if isinstance(self.count, int) else 1) - 1 > 65535:
             raise ValueError(f"port {self.port} and {self.count} servers go beyond port 65535")
         return self
 
@@ -53,12 +55,24 @@ class LocalServers(ServerAccess):
         return f"http://127.0.0.1:{self.port + number}"
 
     @property
+    def number(self) -> int:
+        """Servers here and now."""
+        if isinstance(self.count, int):
+            return self.count
+        if _has_gpu():
+            import torch
+
+            return torch.cuda.device_count()
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+        return 2 if len(os.sched_getaffinity(0)) >= 2 and memory >= 2 * (self.kv_cache_gib + CPU_SERVER_GIB) else 1
+
+    @property
     def access(self) -> ServerAccess:
         """How the client reaches them. A few requests more than a server decodes wait there, so that it never does."""
         fields = {name: getattr(self, name) for name in ServerAccess.model_fields}
         if "requests_per_server" not in self.model_fields_set:
             fields["requests_per_server"] = self.sequences + max(self.sequences // 8, 1)
-        return ServerAccess(**{**fields, "urls": tuple(self.url(number) for number in range(self.count))})
+        return ServerAccess(**{**fields, "urls": tuple(self.url(number) for number in range(self.number))})
 
 
 class ExternalServers(ServerAccess):

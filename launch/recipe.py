@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -15,6 +16,7 @@ from eval.config import Evaluate
 from recovery.config import Adapter, Config, GaussianNoise, Models, OnlineTeacher, Train
 from recovery.errors import UserError, UserErrors
 
+CREDENTIALS = re.compile(r"//[^/@\s'\"]*@")
 ConfigType = TypeVar("ConfigType", bound=Config)
 
 
@@ -103,7 +105,7 @@ def _user_error(kind: type[BaseModel], path: Path, fault: Any) -> UserError:
     parts, models = _follow(kind, fault["loc"])
     where = ".".join(map(str, parts)) or str(path)
     found = fault["input"]
-    shown = repr(found) if not isinstance(found, dict) else "a section"
+    shown = CREDENTIALS.sub("//...@", repr(found)) if not isinstance(found, dict) else "a section"
     if fault["type"] == "extra_forbidden":
         _, models = _follow(kind, fault["loc"][:-1])
         known = sorted({name for model in models for name in model.model_fields})

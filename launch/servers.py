@@ -28,6 +28,7 @@ from recovery.progress import progress
 
 log = logging.getLogger("recover-lora")
 PROCESSOR = "datagen.vllm_processor:HybridSampling"
+CPU_BATCH_TOKENS = 4096
 POLL_S = 1.0
 STOP_S = 15.0
 LAST_LINES = 5
@@ -41,6 +42,7 @@ class Process:
     url: str
     log: Path
     process: subprocess.Popen[bytes] | None = None
+    was_healthy: bool = False
     restarts: int = 0
     given_up: bool = False
 
@@ -67,7 +69,7 @@ class ServerPool:
         self._on_gpu = uses_gpu(cluster)
         self.servers = [
             Process(number, self._settings.url(number), logs / f"server-{number}.log")
-            for number in range(self._settings.count)
+            for number in range(self._settings.number)
         ]
         self._stopping = threading.Event()
         self._failure: Exception | None = None
@@ -94,7 +96,10 @@ class ServerPool:
         }
         flags = ["--no-enable-prefix-caching"]  # prompts are one token long
         if not self._on_gpu:
-            flags.append("--enforce-eager")  # compiling takes longer than it saves on a CPU
+            # Compiling takes longer than it saves. A seeded request whose prompt comes in chunks ends a CPU server
+            # (vLLM 0.32: "CPU Generator does not use offset"), so prompts are taken whole.
+            whole = max(job.generate.max_length, CPU_BATCH_TOKENS)
+            flags += ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(whole)]
         module = ["-m", "vllm.entrypoints.openai.api_server"]
         given = [part for pair in arguments.items() for part in pair]
         return [str(self.python), *module, *given, *flags, *settings.arguments]
@@ -130,7 +135,7 @@ class ServerPool:
     def cores(self, number: int) -> list[int]:
         """The cores of one CPU server: its share of those that this process may use."""
         available = sorted(os.sched_getaffinity(0))
-        share = self._settings.cores or max(len(available) // self._settings.count, 1)
+        share = self._settings.cores or max(len(available) // self._settings.number, 1)
         first = number * share % len(available)
         return available[first : first + share]
 
@@ -205,6 +210,7 @@ class ServerPool:
                     )
                 for server in [server for server in waiting if answers(server.url)]:
                     waiting.remove(server)
+                    server.was_healthy = True
                     bar.update()
                 time.sleep(0.2)
                 bar.refresh() if sys.stderr.isatty() else None
@@ -217,10 +223,13 @@ class ServerPool:
             for server in self.servers:
                 if server.process is None or server.given_up or server.process.poll() is None:
                     continue
-                if server.restarts >= self._settings.max_restarts:
+                # One that never came up would only fail the same way again.
+                if not server.was_healthy or server.restarts >= self._settings.max_restarts:
                     server.given_up = True
-                    message = f"server {server.url} died {server.restarts + 1} times; see {server.log}"
-                    log.error("%s\n%s", message, self._end_of_log(server))
+                    how = f"died {server.restarts + 1} times" if server.was_healthy else "did not start"
+                    message = f"server {server.url} {how}; see {server.log}"
+                    if server.was_healthy:
+                        log.error("%s\n%s", message, self._end_of_log(server))
                     self._failure = Unavailable(f"{message}\n{self._end_of_log(server)}")
                     continue
                 server.restarts += 1
@@ -233,8 +242,8 @@ class ServerPool:
             lines = server.log.read_text(errors="replace").splitlines()
         except OSError:
             return ""
-        telling = [line for line in lines if "Error" in line or "error" in line] or lines
-        return "\n".join(f"    {line[:200]}" for line in telling[-LAST_LINES:])
+        telling = [line for line in lines if "Error:" in line] or lines
+        return "\n".join(f"    {line[:200]}" for line in dict.fromkeys(telling[-LAST_LINES:]))
 
     @property
     def is_lost(self) -> bool:

@@ -1,0 +1,192 @@
+"""`recover-lora serve`: one server a device, waited for, started again, ended; with a stand-in for vLLM's interpreter.
+
+The stand-in is a script that runs the fake server on the port that it is given; tests/vllm does the same with vLLM.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launch.cluster import Cluster, LocalServers, load_cluster
+from launch.servers import ServerPool, answers
+from recovery.errors import Unavailable, UserError, UserErrors
+from tests.conftest import REPOSITORY
+from tests.test_served import make_job
+
+SCRIPT = f"""#!{sys.executable}
+import os, subprocess, sys
+port = sys.argv[sys.argv.index("--port") + 1]
+print("arguments", sys.argv[1:], flush=True)
+print("device", os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("VLLM_CPU_OMP_THREADS_BIND"), flush=True)
+if os.path.exists({{broken!r}}):
+    sys.exit("RuntimeError: no memory for the cache")
+engine = subprocess.Popen(["sleep", "600"])  # vLLM's engine is a process of its own too
+os.execv({sys.executable!r}, [{sys.executable!r}, "-m", "tests.fake_servers", "--port", port])
+"""
+
+
+def free_ports(count: int) -> int:
+    """The first of `count` free ports in a row."""
+    for first in range(20000 + os.getpid() % 20000, 60000, count):
+        try:
+            for port in range(first, first + count):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return first
+    raise AssertionError("no free ports")
+
+
+@pytest.fixture
+def pool(tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes a pool of stand-ins; keyword arguments are fields of the servers section."""
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    script = tmp_path / "python"
+    script.write_text(SCRIPT.format(broken=str(tmp_path / "broken")))
+    script.chmod(0o755)
+
+    def make(**settings: Any) -> ServerPool:
+        count = settings.pop("count", 2)
+        servers = LocalServers(count=count, python=script, port=free_ports(count), **settings)
+        job = make_job(models["qwen2"], tmp_path / "corpus", [])
+        return ServerPool(job, Cluster(name="test", device="cpu", servers=servers), tmp_path / "logs")
+
+    return make
+
+
+def group_of(leader: int) -> list[int]:
+    members = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == leader and fields[0] != "Z":
+            members.append(int(stat.parent.name))
+    return members
+
+
+def until(condition: Any, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_started_waited_for_and_ended_with_everything(pool: Any, tmp_path: Path):
+    with pool() as running:
+        assert all(answers(server.url) for server in running.servers)
+        leaders = [server.process.pid for server in running.servers]
+        assert all(len(group_of(leader)) >= 3 for leader in leaders)
+        logs = [(tmp_path / "logs" / f"server-{number}.log").read_text() for number in range(2)]
+        assert all("'--logits-processors', 'datagen.vllm_processor:HybridSampling'" in log for log in logs)
+        assert all("'--generation-config', 'vllm'" in log for log in logs)
+        cores = [log.split("device None ")[1].split()[0] for log in logs]
+        if len(os.sched_getaffinity(0)) > 1:
+            assert cores[0] != cores[1]
+    assert not any(group_of(leader) for leader in leaders)
+    assert not any(answers(server.url) for server in running.servers)
+
+
+def test_a_dead_server_is_started_again_and_its_engine_with_it(pool: Any):
+    with pool(max_restarts=1) as running:
+        first = running.servers[0]
+        before = first.process.pid
+        members = group_of(before)
+        server = int(Path(f"/proc/{before}/task/{before}/children").read_text().split()[0])
+        os.kill(server, signal.SIGKILL)
+        until(lambda: not group_of(before))
+        assert len(members) >= 3
+        until(lambda: first.process.pid != before and answers(first.url))
+        assert (first.restarts, running.servers[1].restarts) == (1, 0)
+        os.killpg(first.process.pid, signal.SIGKILL)
+        until(lambda: first.given_up)
+        assert not running.is_lost  # the other one works on
+        assert answers(running.servers[1].url)
+
+
+def test_one_that_does_not_come_up_is_told_with_the_end_of_its_log(pool: Any, tmp_path: Path):
+    (tmp_path / "broken").touch()
+    with pytest.raises(Unavailable, match=r"did not start; see .*server-0\.log") as told, pool(count=1):
+        pass
+    assert "RuntimeError: no memory for the cache" in str(told.value)
+
+
+def test_a_port_in_use_and_a_missing_interpreter_are_the_users_mistakes(pool: Any):
+    waiting = pool(count=1)
+    port = int(waiting.servers[0].url.rpartition(":")[2])
+    told = pytest.raises(UserError, match=rf"servers\.port: port {port} is in use")
+    with socket.create_server(("127.0.0.1", port)), told, waiting:
+        pass
+    missing = pool(count=1)
+    missing._settings = missing._settings.model_copy(update={"python": Path("/nowhere/python")})
+    with pytest.raises(UserError, match=r"servers\.python: no file /nowhere/python; `make install-vllm`"), missing:
+        pass
+
+
+def test_servers_that_run_already_are_used_and_left_alone(pool: Any):
+    first = pool(count=1)
+    second = ServerPool(first._job, first._cluster, first._logs)
+    with first:
+        second.__enter__()
+        assert second.servers[0].process is None
+        second.stop()
+        assert answers(first.servers[0].url)
+
+
+def test_killed_with_its_launcher(tmp_path: Path, models: dict[str, Path], pool: Any):
+    """`recover-lora serve` killed by SIGKILL leaves no process behind."""
+    settings = pool(count=1)._settings
+    recipe = {
+        "name": "served",
+        "models": {"reference": str(models["qwen2"]), "dtype": "float32"},
+        "degrade": {"kind": "gaussian_noise", "relative_std": 0.5},
+    }
+    cluster = {"name": "c", "device": "cpu", "servers": settings.model_dump(mode="json", exclude_defaults=True)}
+    cluster["servers"]["kind"] = "local"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(cluster))
+    command = [sys.executable, "-m", "launch.cli", "serve", str(tmp_path / "recipe.yaml")]
+    command += ["--cluster", str(tmp_path / "cluster.yaml"), "--runs-dir", str(tmp_path / "runs")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == settings.url(0)
+        (guard,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split() or [""]
+        process.kill()
+    until(lambda: not group_of(int(guard)) and not answers(settings.url(0)))
+
+
+def test_the_shipped_example_of_external_servers_loads():
+    cluster = load_cluster("servers-example")
+    assert cluster.servers is not None
+    assert cluster.servers.access.api_key_env == "POOL_KEY"
+    assert cluster.servers.access.urls == ("http://127.0.0.1:8100", "http://127.0.0.1:8101")
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ({"kind": "external", "urls": ["http://me:secret@host"]}, r"servers\.urls: .*host is not an http\(s\) address"),
+        ({"kind": "external"}, r"servers\.urls: missing"),
+        ({"kind": "local", "urls": ["http://a"]}, "kind: external"),
+        ({"kind": "local", "prot": 1}, r"servers\.prot: unknown field; did you mean port\?"),
+        ({"kind": "external", "urls": ["http://a", "http://a/"]}, "an address is given twice"),
+    ],
+)
+def test_a_wrong_servers_section_is_told_by_field(section: dict[str, Any], told: str, tmp_path: Path):
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump({"name": "c", "servers": section}))
+    with pytest.raises(UserErrors, match=told) as error:
+        load_cluster(str(path))
+    assert "secret" not in str(error.value)
