@@ -2,8 +2,9 @@
 
 A request goes to the usable server with the fewest outstanding tokens. There are no rounds: a server that has room gets
 the next index at once, and when no index is left, idle servers take over requests that run for unusually long. What
-fails is tried again elsewhere after a jittered pause. A server that loses a connection or keeps failing is set aside
-and admitted again only by passing the whole examination anew, as another model may stand behind its address by then.
+fails is tried again elsewhere after a jittered pause; a server that says it is busy gets fewer requests. One that loses
+a connection or keeps failing is set aside and admitted again only by passing the whole examination anew, as another
+model may stand behind its address by then.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ class Busy(Exception):
 
 
 class Refused(Exception):
-    """The server says that the request itself is wrong; another try would end the same."""
+    """The server says that the request itself is wrong; when a second one says so too, it is."""
 
 
 class Unfit(Exception):
     """The server answers, and is not what the recipe asks for."""
 
 
-RETRIED = (aiohttp.ClientError, asyncio.TimeoutError, OSError, BadReply, Busy)
+RETRIED = (aiohttp.ClientError, asyncio.TimeoutError, OSError, BadReply, Refused)
 Connection = (aiohttp.ClientConnectionError, OSError)
 
 
@@ -65,6 +66,13 @@ class Server:
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     failures: int = 0
     """In a row."""
+    limit: float = 0.0
+    """Requests that it may have in flight: fewer after it said that it is busy, growing again with every sample."""
+    resting_until: float = 0.0
+    rest: float = 0.0
+    busy_since: float | None = None
+    probe_pause: float = 0.1
+    """Seconds until the next examination; doubles until a sample comes."""
     samples: int = 0
     tokens: int = 0
     errors: int = 0
@@ -80,6 +88,7 @@ class Work:
     """The most that it can bring."""
     tries: int = 0
     avoid: Server | None = None
+    refused_by: set[Server] = field(default_factory=set)
     started: float = 0.0
     running: dict[asyncio.Task[None], Server] = field(default_factory=dict)
 
@@ -87,9 +96,10 @@ class Work:
 class Pool:
     """Serves works from several servers.
 
-    complete: asks one server for one sample; raises Busy, BadReply, Refused or aiohttp's errors. examine: raises Unfit
-    or aiohttp's errors unless the server may be used. on_sample: takes a finished sample, once for every work. is_full:
-    whether the receiver of samples is behind, so that no new work should start.
+    complete: asks one server for one sample; raises Busy, BadReply, Refused or aiohttp's errors.
+    examine: raises Unfit, Busy or aiohttp's errors unless the server may be used.
+    on_sample: takes a finished sample, once for every work.
+    is_full: whether the receiver of samples is behind, so that no new work should start.
     """
 
     def __init__(
@@ -101,7 +111,7 @@ class Pool:
         on_sample: Callable[[Work, Sample], None],
         is_full: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.servers = [Server(url) for url in access.urls]
+        self.servers = [Server(url, limit=access.requests_per_server) for url in access.urls]
         self.retries = 0
         self.began = time.monotonic()
         """When the first request was sent, after the examination."""
@@ -158,10 +168,10 @@ class Pool:
             await self._examine(server)
         except Unfit as error:
             server.why = f"unfit: {error}"
-        except RETRIED as error:
+        except (*RETRIED, Busy) as error:
             server.why = describe(error)
         else:
-            server.usable, server.why, server.failures = True, "", 0
+            server.usable, server.why, server.failures, server.busy_since = True, "", 0, None
 
     def _raise_none_left(self) -> None:
         reasons = "; ".join(f"{server.url}: {server.why}" for server in self.servers[:SHOWN])
@@ -175,16 +185,27 @@ class Pool:
 
     def pump(self) -> None:
         """Start work wherever there is room. Called whenever something ended."""
+        now = time.monotonic()
+        waiting: list[Work] = []
         while not self._end.done() and not self._is_full():
-            room = [s for s in self.servers if s.usable and len(s.tasks) < self._access.requests_per_server]
+            room = [s for s in self.servers if s.usable and len(s.tasks) < s.limit and s.resting_until <= now]
             if not room:
                 break
-            work = self._again.popleft() if self._again else next(self._works, None)
-            if work is None:
+            if self._again:
+                work = self._again.popleft()
+            elif self._pausing + len(waiting) > len(self.servers) * self._access.requests_per_server:
+                break  # so many failed that new ones would only join them
+            elif (following := next(self._works, None)) is not None:
+                work = following
+            else:
                 self._exhausted = True
                 break
-            elsewhere = [server for server in room if server is not work.avoid] or room
-            self._start(min(elsewhere, key=_load), work)
+            elsewhere = [server for server in room if server is not work.avoid]
+            if not elsewhere and any(server.usable and server is not work.avoid for server in self.servers):
+                waiting.append(work)  # for one that did not fail it
+                continue
+            self._start(min(elsewhere or room, key=_load), work)
+        self._again.extendleft(reversed(waiting))
         if self._exhausted and not self._active and not self._again and not self._pausing and not self._end.done():
             self._end.set_result(None)
 
@@ -203,6 +224,9 @@ class Pool:
         work.running.pop(task, None)
         if not task.cancelled() and (error := task.exception()) is not None and not self._end.done():
             self._end.set_exception(error)
+        # Cancelled, perhaps before it ran at all: its server was set aside, or it took too long.
+        if work in self._active and not work.running and not self._end.done():
+            self._retry(work, server)
         self.pump()
 
     async def _serve(self, server: Server, work: Work) -> None:
@@ -213,21 +237,18 @@ class Pool:
             if work in self._active:
                 self._failed(server, work, error)
             return
-        except asyncio.CancelledError:
-            # Its server was set aside, it took too long, or another copy of the work is done.
-            self._leave(work)
-            if work in self._active and not self._end.done() and not work.running:
-                self._retry(work, server, None)
-            raise
-        except Refused as error:
-            raise UserError(server.url, str(error), "this server cannot be used with this recipe") from error
+        except Busy as error:
+            if work in self._active:
+                self._rest(server, work, error)
+            return
         if work not in self._active:
             return
         self._active.discard(work)
         self._leave(work)
         for other in work.running:
             other.cancel()
-        server.failures = 0
+        server.failures, server.rest, server.busy_since, server.probe_pause = 0, 0.0, None, 0.1
+        server.limit = min(server.limit + 1 / server.limit, self._access.requests_per_server)
         server.samples += 1
         server.tokens += len(sample.tokens)
         took = time.monotonic() - begun
@@ -241,16 +262,46 @@ class Pool:
         server.failures += 1
         work.tries += 1
         log.debug("%s: sample %d: %s", server.url, work.index, describe(error))
-        if isinstance(error, Connection) or server.failures >= FAILURES_IN_A_ROW:
+        if isinstance(error, Refused):
+            work.refused_by.add(server)
+            if len(work.refused_by) == min(2, len(self.servers)):
+                # Not one server's fault: the request itself is wrong.
+                raise UserError(server.url, str(error), "the servers cannot be used with this recipe")
+        if isinstance(error, (*Connection, Refused)) or server.failures >= FAILURES_IN_A_ROW:
             self._set_aside(server, describe(error))
-        if work.tries >= MOST_TRIES:
-            raise Unavailable(
-                f"sample {work.index} failed {work.tries} times, at last at {server.url}: {describe(error)}; "
-                "look at the servers and run the same command again"
-            )
+        self._check_tries(work, server, describe(error))
         self._leave(work)
         if not work.running:
-            self._retry(work, server, error.pause if isinstance(error, Busy) else None)
+            self._retry(work, server)
+
+    def _check_tries(self, work: Work, server: Server, why: str) -> None:
+        if work.tries >= MOST_TRIES:
+            raise Unavailable(
+                f"sample {work.index} failed {work.tries} times, at last at {server.url}: {why}; "
+                "look at the servers and run the same command again"
+            )
+
+    def _rest(self, server: Server, work: Work, error: Busy) -> None:
+        """The server has enough: fewer requests from now on, none for a while, and the work goes elsewhere.
+
+        That is no failure, unless nothing else comes from it for `patience_s`.
+        """
+        now = time.monotonic()
+        if server.resting_until <= now:
+            server.limit = max(0.75 * len(server.tasks), 1.0)
+            server.rest = min(2 * server.rest or PAUSE_S, LONGEST_PAUSE_S)
+            pause = (error.pause if error.pause is not None else server.rest) * random.uniform(1.0, 1.5)
+            server.resting_until = now + pause
+            asyncio.get_running_loop().call_later(pause + 0.001, self.pump)
+        server.busy_since = server.busy_since or now
+        if now - server.busy_since > self._access.patience_s:
+            self._set_aside(server, f"{describe(error)} for {now - server.busy_since:.0f} s")
+        self._leave(work)
+        if not work.running:
+            self.retries += 1
+            self._active.discard(work)
+            work.avoid = server
+            self._again.append(work)
 
     @staticmethod
     def _leave(work: Work) -> None:
@@ -259,7 +310,7 @@ class Pool:
         assert task is not None
         work.running.pop(task, None)
 
-    def _retry(self, work: Work, server: Server, pause: float | None) -> None:
+    def _retry(self, work: Work, server: Server) -> None:
         """Queue the work again after a jittered pause that doubles with every try."""
         self.retries += 1
         self._active.discard(work)
@@ -272,7 +323,7 @@ class Pool:
             self._again.append(work)
             self.pump()
 
-        asyncio.get_running_loop().call_later((pause or 0.0) + random.uniform(0, longest), again)
+        asyncio.get_running_loop().call_later(random.uniform(0, longest), again)
 
     def _set_aside(self, server: Server, why: str, *, examined: bool = False) -> None:
         if not server.usable and not examined:
@@ -285,19 +336,19 @@ class Pool:
 
     async def _bring_back(self, server: Server) -> None:
         """Examine a server again and again, ever more seldom, until it passes."""
-        pause, quiet = 0.1, True
+        quiet = True
         while True:
-            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            await asyncio.sleep(server.probe_pause * random.uniform(0.5, 1.0))
+            server.probe_pause = min(2 * server.probe_pause, LONGEST_PROBE_PAUSE_S)
             await self._admit(server)
             if server.usable:
                 if not quiet:
                     log.info("%s is back", server.url)
                 self.pump()
                 return
-            if quiet and pause > 1:
+            if quiet and server.probe_pause > 1:
                 log.warning("%s is set aside: %s", server.url, server.why)
                 quiet = False
-            pause = min(2 * pause, LONGEST_PROBE_PAUSE_S)
 
     # ---- watching ----
 
@@ -342,9 +393,12 @@ class Pool:
         the client's time."""
         for work in list(self._active):
             if now - work.started > self._access.timeout_s:
+                work.tries += 1
                 for task, server in list(work.running.items()):
                     server.errors += 1
-                    self._set_aside(server, f"no reply within {self._access.timeout_s:.0f} s")
+                    why = f"no reply within {self._access.timeout_s:g} s"
+                    self._set_aside(server, why)
+                    self._check_tries(work, server, why)
                     task.cancel()
 
     def _take_over(self, now: float) -> None:
@@ -354,7 +408,8 @@ class Pool:
         slow = [w for w in self._active if len(w.running) == 1 and now - w.started > TAKE_OVER_AFTER * self._usual]
         for work in sorted(slow, key=lambda work: work.started):
             (owner,) = work.running.values()
-            room = [s for s in self.servers if s.usable and s is not owner and 2 * s.tokens_out < owner.tokens_out]
+            idle = [s for s in self.servers if s.usable and s is not owner and s.resting_until <= now]
+            room = [server for server in idle if 2 * server.tokens_out < owner.tokens_out]
             if room:
                 self._start(min(room, key=_load), work)
 

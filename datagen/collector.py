@@ -23,6 +23,7 @@ class Collector:
         self._bytes = 0
         self._since = time.monotonic()
         self._writing: asyncio.Task[None] | None = None
+        self._failure: Exception | None = None
 
     def add(self, split: Split, sample: Sample) -> None:
         self._waiting[split].append(sample)
@@ -48,6 +49,10 @@ class Collector:
         self._bytes, self._since = 0, time.monotonic()
         try:
             await asyncio.to_thread(self._store, taken)
+        except Exception as error:  # noqa: BLE001 - whatever a disk does: `watch` and `close` raise it
+            self._failure = error
+            for split, samples in taken.items():
+                self._waiting[split] = samples + self._waiting[split]
         finally:
             self._writing = None
         self.on_written()
@@ -63,18 +68,19 @@ class Collector:
         for split, samples in taken.items():
             if samples:
                 self._pieces[split].write(samples)
+                samples.clear()
 
     async def watch(self) -> None:
         """Flush in time, and raise what a write raised (a full disk)."""
         while True:
             await asyncio.sleep(0.5)
-            if (writing := self._writing) is not None:
-                await asyncio.shield(writing)
+            if self._failure is not None:
+                raise self._failure
             self.tick()
 
     async def close(self) -> None:
-        """Write what is left: also after an interrupt or an error."""
+        """Write what is left, with what an earlier write could not: also after an interrupt or an error."""
         if self._writing is not None:
-            await asyncio.gather(self._writing, return_exceptions=True)
+            await self._writing
         taken = self._take()
         self._store(taken)

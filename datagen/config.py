@@ -37,6 +37,13 @@ class Generate(Config):
     capture_logprobs: NonNegativeInt = 0
     """vllm: store this many of the reference's largest log-probabilities a token, as a teacher signal; 0: none."""
 
+    def of_its_engine(self) -> Generate:
+        """The same without what does not decide about the samples: the other engine's fields, and the name of a model
+        that the job knows by its hash."""
+        other = ("batch_samples",) if self.engine == "vllm" else ("mode",)
+        defaults = {name: type(self).model_fields[name].default for name in ("model", *other)}
+        return self.model_copy(update=defaults)
+
     @model_validator(mode="after")
     def _capture_is_possible(self) -> Generate:
         if self.capture_logprobs and self.engine != "vllm":

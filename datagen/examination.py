@@ -23,7 +23,7 @@ PROBE_LOGPROBS = 5
 
 
 class Wire(Protocol):
-    """How a request is sent: an answer's status and body. Raises aiohttp's errors."""
+    """How a request is sent: an answer's status and body. Raises Busy and aiohttp's errors."""
 
     async def __call__(self, path: str, body: bytes | None = None) -> tuple[int, bytes]: ...
 
@@ -51,7 +51,14 @@ class Findings:
 
 
 async def examine(wire: Wire, expected: Expected) -> Findings:
-    """What one server is. Raises Unfit when it is not the recipe's."""
+    """What one server is. Raises Unfit when it is not the recipe's, or answers in no form that is known."""
+    try:
+        return await _examine(wire, expected)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise Unfit(f"its answers cannot be read ({type(error).__name__}: {error})") from error
+
+
+async def _examine(wire: Wire, expected: Expected) -> Findings:
     name, length = await _served_model(wire, expected.model)
     if length is not None and length < expected.settings.max_length:
         raise Unfit(f"its context holds {length} tokens, generate.max_length is {expected.settings.max_length}")
@@ -92,10 +99,13 @@ async def _check_vocabulary(wire: Wire, name: str, expected: list[int]) -> None:
 
 
 async def _has_our_processor(wire: Wire, name: str) -> bool:
-    """Whether it refuses a bad greedy_tokens in our logits processor's words; others ignore what they do not know."""
+    """Whether it refuses a bad greedy_tokens in our logits processor's words. Others ignore what they do not know, or
+    refuse it in words of their own."""
     arguments = {"greedy_tokens": -1}
     body = {"model": name, "prompt": [1], "max_tokens": 1, "temperature": 0.0, "vllm_xargs": arguments}
     status, answer = await wire("/v1/completions", orjson.dumps(body))
+    if status not in (200, 400, 422):
+        raise Unfit(f"a completion was refused (HTTP {status}): {answer[:200].decode(errors='replace')}")
     return status == 400 and b"greedy_tokens must be" in answer
 
 

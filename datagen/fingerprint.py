@@ -86,7 +86,8 @@ def reference_fingerprint(
         pass  # a cache: computed anew
     from recovery.models import load_model
 
-    probes = probe_model(load_model(model, dtype), prompts, width)
+    # On the CPU: a server may have filled the device already.
+    probes = probe_model(load_model(model, dtype, placed=False), prompts, width)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, to_json(probes))
     return probes

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datagen.config import GenerateJob
-from datagen.pieces import Pieces, blocks_of, drop_damaged, is_shard_of, locate, seal
+from datagen.pieces import Pieces, blocks_of, drop_damaged, is_shard_of, locate, seal, shard_samples
 from datagen.sampling import SamplingPlan, bos_id, eligible_ids, stop_ids
 from datagen.served import ServedEngine, Vocabulary
 from recovery.artifacts import Workspace
@@ -131,7 +131,7 @@ def generate_served(job: GenerateJob, workspace: Workspace, vocabulary: Vocabula
     for split, indices in wanted.items():
         signal = folder / "signal" / split if capture else None
         sources = [*shards_of(folder, split), *pieces[split].paths()]
-        seal(sources, indices, folder / split, signal, bar.update)
+        seal(sources, indices, folder / split, signal, shard_samples(job.generate), bar.update)
     bar.close()
     shutil.rmtree(folder / PIECES, ignore_errors=True)
     return {**engine.details, "throughput": record}

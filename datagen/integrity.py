@@ -10,7 +10,7 @@ import numpy as np
 from datagen.config import GenerateJob, GenerateRuntime
 from datagen.generate import wanted_of
 from datagen.sampling import SamplingPlan, eligible_ids
-from datagen.served import Vocabulary
+from datagen.served import MOST_REDRAWS, Vocabulary
 from recovery.artifacts import read_manifest
 from recovery.corpus import SUMMARY, TOKENIZER, Split, read_table, shards_of
 from recovery.errors import DamagedArtifact, UserError
@@ -41,7 +41,7 @@ def check_corpus(corpus: Path) -> dict[str, tuple[int, int]]:
     if manifest["stage"] != GenerateJob.stage:
         raise UserError(str(corpus), f"an artifact of stage {manifest['stage']}", "give a corpus")
     job = GenerateJob.model_validate({**manifest["job"], "runtime": GenerateRuntime(output=corpus)})
-    vocabulary = vocabulary_of(corpus)
+    vocabulary, mode = vocabulary_of(corpus), manifest["details"].get("mode")
     counts = {}
     wanted = wanted_of(job)
     bar = progress(sum(map(len, wanted.values())), "sample", "verify")
@@ -51,7 +51,7 @@ def check_corpus(corpus: Path) -> dict[str, tuple[int, int]]:
         for shard in shards_of(corpus, split):
             rows = read_table(shard).to_pylist()
             for row in rows:
-                if fault := _fault(row, next(expected, None), job, plan, vocabulary):
+                if fault := _fault(row, next(expected, None), job, plan, vocabulary, mode):
                     raise DamagedArtifact(str(shard), f"sample {row['index']}: {fault}", REMEDY)
                 tokens += row["length"]
             if job.generate.capture_logprobs:
@@ -66,16 +66,25 @@ def check_corpus(corpus: Path) -> dict[str, tuple[int, int]]:
 
 
 def _fault(
-    row: dict[str, Any], index: int | None, job: GenerateJob, plan: SamplingPlan, vocabulary: Vocabulary
+    row: dict[str, Any],
+    index: int | None,
+    job: GenerateJob,
+    plan: SamplingPlan,
+    vocabulary: Vocabulary,
+    mode: str | None,
 ) -> str | None:
     ids = row["tokens"]
     if row["index"] != index:
         return f"where {index} should stand"
     start = plan.start(row["index"])
     head = [start.token] if vocabulary.bos is None else [vocabulary.bos, start.token]
+    # Without our logits processor a sample may have been drawn again from the seeds that follow from its own.
+    seeds = [start.seed]
+    while mode == "two_requests" and len(seeds) <= MOST_REDRAWS and row["seed"] != seeds[-1]:
+        seeds.append(SamplingPlan.next_seed(seeds[-1]))
     if row["start_token"] != start.token or ids[: len(head)] != head:
         return f"starts with {ids[: len(head)]}, the plan has {head}"
-    if row["seed"] != start.seed and job.generate.engine == "embedded":
+    if row["seed"] not in seeds:
         return f"seed {row['seed']}, the plan has {start.seed}"
     if row["length"] != len(ids) or len(ids) > job.generate.max_length:
         return f"{len(ids)} tokens, its length is {row['length']}, the longest is {job.generate.max_length}"

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from datagen.config import GenerateJob, GenerateRuntime
+from datagen.fingerprint import difference, from_json
 from datagen.generate import describe, load_sampling_vocabulary, wanted_of
-from datagen.pieces import seal
+from datagen.pieces import drop_damaged, seal, shard_samples
+from datagen.served import AGREEMENT
 from recovery.artifacts import Workspace, read_manifest, verify
 from recovery.corpus import shards_of
 from recovery.errors import UserError
+from recovery.files import read_json, write_json
 from recovery.progress import progress
 from recovery.stage import check_reusable
 from recovery.tracking import Tracker
+
+log = logging.getLogger("recover-lora")
+KEPT = ("engine", "mode", "batch_invariant", "fingerprint_of", "fingerprint", "model_name")
 
 
 def read_part(folder: Path) -> tuple[GenerateJob, dict[str, Any]]:
@@ -42,8 +49,11 @@ def merge_parts(folders: Sequence[Path], artifacts: Path) -> Path:
             raise UserError(
                 str(folder),
                 f"made in mode {manifest['details']['mode']}, {folders[0]} in {manifests[0]['details']['mode']}",
-                "set generate.mode and generate one of them anew",
+                "generate one of them anew with servers that all have, or all lack, our logits processor",
             )
+        first, own = (from_json(m["details"]["fingerprint"]) for m in (manifests[0], manifest))
+        if (different := difference(first, own, whole.dtype)) is not None:
+            raise UserError(str(folder), f"made by another model than {folders[0]}: {different}", "give parts of one")
     numbers = [job.partition.part for job in jobs]
     count = jobs[0].partition.of
     if sorted(numbers) != list(range(count)):
@@ -56,25 +66,36 @@ def merge_parts(folders: Sequence[Path], artifacts: Path) -> Path:
     if check_reusable(job):
         return job.runtime.output
     with Workspace(job, resumable=True) as workspace, Tracker(None, workspace.path / "metrics.jsonl") as tracker:
+        begin(workspace.path, manifests[0]["details"])
         vocabulary = load_sampling_vocabulary(job.model, job)
         wanted = wanted_of(job)
         bar = progress(sum(map(len, wanted.values())), "sample", "merge")
         for split, indices in wanted.items():
+            drop_damaged(shards_of(workspace.path, split), log.warning)
             sources = [shard for folder in ordered for shard in shards_of(folder, split)]
             signal = workspace.path / "signal" / split if job.generate.capture_logprobs else None
-            seal(sources, indices, workspace.path / split, signal, bar.update)
+            seal(sources, indices, workspace.path / split, signal, shard_samples(job.generate), bar.update)
         bar.close()
         summary = describe(workspace.path, vocabulary, tracker)
         first = manifests[0]["details"]
         return workspace.finish(
             {
-                **{name: first[name] for name in ("engine", "mode", "batch_invariant", "fingerprint_of", "model_name")},
+                **{name: first[name] for name in KEPT},
                 "server_versions": sorted({v for m in manifests for v in m["details"]["server_versions"]}),
                 "tokens": summary["train"]["tokens"] + summary["held_out"]["tokens"],
                 "parts": [m["content"] for m in manifests],
                 "throughput": [m["details"]["throughput"] for m in manifests],
             }
         )
+
+
+def begin(folder: Path, details: dict[str, Any]) -> None:
+    """Take over the folder in which a single client may have begun the same corpus; it is of one mode either way."""
+    agreement = folder / AGREEMENT
+    if agreement.exists() and (mode := read_json(agreement)["mode"]) != details["mode"]:
+        remedy = f"remove {folder}, or finish it with `run`"
+        raise UserError(str(folder), f"begun in mode {mode}, the parts are of mode {details['mode']}", remedy)
+    write_json(agreement, {name: details[name] for name in ("mode", "fingerprint", "fingerprint_of")})
 
 
 def read_part_of(manifest: dict[str, Any]) -> int:

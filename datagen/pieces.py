@@ -2,12 +2,13 @@
 
 A pool of servers finishes samples in no particular order. They are written in small pieces as they come, so that
 neither a slow sample nor a kill holds up or loses the others, and nothing but a buffer is kept in memory. When no index
-is missing the pieces are sealed: sorted into shards of SHARD_SAMPLES consecutive indices. Equal samples give equal
+is missing the pieces are sealed: sorted into shards of consecutive indices. Equal samples give equal
 shards, whatever the servers, restarts and partitions were.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -19,12 +20,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from datagen.config import Generate
 from recovery.corpus import SCHEMA, Sample, read_table, to_table, write_table
 from recovery.errors import DamagedArtifact
-from recovery.teacher_signal import TopLogprobs, write_signal
+from recovery.teacher_signal import TopLogprobs, bytes_per_token, check_signal, write_signal
 
 SHARD_SAMPLES = 2048
 SIGNAL = "signal"  # column of a piece
+SIGNAL_SHARD_BYTES = 64 << 20
 CACHE_BYTES = 48 << 20
 
 
@@ -90,20 +93,43 @@ def locate(sources: Sequence[Path]) -> Places:
 class _Cache:
     """The tables read last, up to CACHE_BYTES of them: neighbouring shards draw on the same few pieces."""
 
-    def __init__(self) -> None:
+    def __init__(self, signal: bool) -> None:
+        self._signal = signal
         self._tables: OrderedDict[Path, pa.Table] = OrderedDict()
 
     def __getitem__(self, path: Path) -> pa.Table:
         if path in self._tables:
             self._tables.move_to_end(path)
         else:
-            self._tables[path] = read_table(path)
+            self._tables[path] = with_signal(path, read_table(path)) if self._signal else read_table(path)
             while len(self._tables) > 1 and sum(table.nbytes for table in self._tables.values()) > CACHE_BYTES:
                 self._tables.popitem(last=False)
         return self._tables[path]
 
 
-def blocks_of(wanted: range, size: int = SHARD_SAMPLES) -> list[range]:
+def with_signal(path: Path, table: pa.Table) -> pa.Table:
+    """A table with its signal as a column: a piece has it, a finished shard's is in a file of its own."""
+    if SIGNAL in table.schema.names:
+        return table
+    rows = [np.asarray(row.values) for row in table["tokens"]]
+    file = path.parent.parent / "signal" / path.parent.name / f"{path.stem}.safetensors"
+    tensors = check_signal(file, table["index"].to_pylist(), rows)
+    packed = []
+    for first, last in itertools.pairwise(tensors["offsets"].tolist()):
+        parts = (tensors[name][first:last] for name in ("top_ids", "top_logprobs", "emitted", "drawn"))
+        packed.append(TopLogprobs(*parts).pack())
+    return table.append_column(SIGNAL, pa.array(packed, pa.large_binary()))
+
+
+def shard_samples(settings: Generate) -> int:
+    """Samples of a shard: fewer where each carries megabytes of signal, so that a shard fits in memory."""
+    if not settings.capture_logprobs:
+        return SHARD_SAMPLES
+    row = settings.max_length * bytes_per_token(settings.capture_logprobs)
+    return min(max(SIGNAL_SHARD_BYTES // row, 1), SHARD_SAMPLES)
+
+
+def blocks_of(wanted: range, size: int) -> list[range]:
     return [range(first, min(first + size, wanted.stop)) for first in range(wanted.start, wanted.stop, size)]
 
 
@@ -122,6 +148,7 @@ def seal(
     wanted: range,
     shards: Path,
     signal: Path | None = None,
+    size: int = SHARD_SAMPLES,
     on_samples: Callable[[int], Any] = lambda _: None,
 ) -> None:
     """Sort the samples of `sources` into shards of consecutive indices in folder `shards`; what is there is kept.
@@ -129,8 +156,8 @@ def seal(
     signal: folder for the teacher signal that the sources carry, written before its shard. Raises DamagedArtifact when
     an index is missing.
     """
-    places, cache = locate(sources), _Cache()
-    for number, block in enumerate(blocks_of(wanted)):
+    places, cache = locate(sources), _Cache(signal is not None)
+    for number, block in enumerate(blocks_of(wanted, size)):
         path = shards / f"shard-{number:05d}.parquet"
         signal_path = None if signal is None else signal / f"shard-{number:05d}.safetensors"
         if not path.exists():

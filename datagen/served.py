@@ -29,7 +29,7 @@ from datagen.config import GenerateJob, Mode, ServerAccess
 from datagen.examination import TEXT, Expected, Findings, examine, refusal_of
 from datagen.fingerprint import Probe, from_json, prompts_of, reference_fingerprint, to_json
 from datagen.pieces import Pieces
-from datagen.protocol import Phantom, Reply, Sampling, parse_reply
+from datagen.protocol import BadReply, Phantom, Reply, Sampling, parse_reply
 from datagen.sampling import SamplingPlan
 from datagen.throughput import Throughput
 from recovery.corpus import Sample, Split
@@ -40,6 +40,7 @@ from recovery.teacher_signal import TopLogprobs
 from recovery.tracking import Tracker
 
 log = logging.getLogger("recover-lora")
+MOST_REDRAWS = 16
 SCRAPE_SECONDS = 10.0
 PROBE_TIMEOUT_S = 300.0  # a server compiles at its first requests
 AGREEMENT = ".agreement.json"
@@ -71,9 +72,11 @@ class ServedEngine:
         self._agreement = folder / AGREEMENT
         self._mode: Mode | None = None if job.generate.mode == "auto" else job.generate.mode
         self._agreed: list[Probe] | None = None
+        self._fingerprint_of = access.fingerprint
         if self._agreement.exists():
             agreed = read_json(self._agreement)
             self._mode, self._agreed = agreed["mode"], from_json(agreed["fingerprint"])
+            self._fingerprint_of = agreed["fingerprint_of"]
         self._first = asyncio.Lock()
         self._headers = self._authorization(access)
         self._addresses = {url: URL(f"{url}/v1/completions") for url in access.urls}
@@ -98,7 +101,8 @@ class ServedEngine:
         first = next(iter(self._findings.values()), None)
         return {
             "mode": self._mode,
-            "fingerprint_of": self._access.fingerprint,
+            "fingerprint_of": self._fingerprint_of,
+            "fingerprint": to_json(self._agreed or []),
             "server_versions": sorted({f.version for f in self._findings.values()}),
             "model_name": first.model if first else None,
         }
@@ -161,7 +165,7 @@ class ServedEngine:
         job, vocabulary = self._job, self._vocabulary
         prompts = prompts_of(vocabulary.eligible, vocabulary.bos)
         fingerprint = self._agreed
-        if fingerprint is None and self._access.fingerprint == "reference":
+        if self._access.fingerprint == "reference":
             memory = self._folder.parent / ".fingerprints"
             fingerprint = reference_fingerprint(job.model, job.dtype, prompts, vocabulary.width, memory)
         tokens = list(vocabulary.tokenizer(TEXT, add_special_tokens=False).input_ids)
@@ -179,7 +183,10 @@ class ServedEngine:
 
     async def _examine(self, server: Server) -> None:
         async def wire(path: str, body: bytes | None = None) -> tuple[int, bytes]:
-            return await self._send(server.url + path, body, PROBE_TIMEOUT_S)
+            status, answer = await self._send(server.url + path, body, PROBE_TIMEOUT_S)
+            if status in (429, 502, 503, 504):
+                raise Busy(status, None)
+            return status, self._without_key(answer)
 
         # One after the other while the first to answer still has to set what the others must agree with.
         async with self._first if self._expected.fingerprint is None else nullcontext():
@@ -204,7 +211,9 @@ class ServedEngine:
             self._expected = replace(self._expected, fingerprint=findings.fingerprint)
         if not self._agreement.exists():
             agreed = self._expected.fingerprint or findings.fingerprint
-            write_json(self._agreement, {"mode": mode, "fingerprint": to_json(agreed)})
+            self._agreed = agreed
+            content = {"mode": mode, "fingerprint": to_json(agreed), "fingerprint_of": self._fingerprint_of}
+            write_json(self._agreement, content)
 
     async def _is_healthy(self, server: Server) -> bool:
         try:
@@ -228,14 +237,15 @@ class ServedEngine:
         bos, settings = self._vocabulary.bos, self._job.generate
         prompt = [work.start_token] if bos is None else [bos, work.start_token]
         seed = work.seed
-        while True:
-            try:
-                replies = await self._replies(server, prompt, seed)
+        replies = await self._replies(server, prompt, seed)
+        for _ in range(MOST_REDRAWS):
+            if replies is not None:
                 break
-            except Phantom:
-                # Only without our processor, which keeps such tokens from being drawn: the sample is drawn anew, from
-                # a seed that follows from the first. It stays a function of its index.
-                seed = SamplingPlan.next_seed(seed)
+            # Drawn anew, from a seed that follows from the first: the sample stays a function of its index.
+            seed = SamplingPlan.next_seed(seed)
+            replies = await self._replies(server, prompt, seed)
+        if replies is None:
+            raise BadReply(f"ids beyond the vocabulary in {MOST_REDRAWS + 1} draws")
         tokens = np.concatenate([np.array(prompt, dtype=np.int32), *(reply.tokens for reply in replies)])
         reason = replies[-1].finish_reason if replies else "length"
         signal = None
@@ -245,8 +255,11 @@ class ServedEngine:
             signal = TopLogprobs(*(np.concatenate([getattr(part, name) for part in parts]) for name in fields))
         return Sample(work.index, seed, work.start_token, reason, tokens, signal)
 
-    async def _replies(self, server: Server, prompt: list[int], seed: int) -> list[Reply]:
-        """The new tokens, in one request or in two."""
+    async def _replies(self, server: Server, prompt: list[int], seed: int) -> list[Reply] | None:
+        """The new tokens, in one request or in two; None when two drew an id beyond the vocabulary.
+
+        Our processor keeps such ids from being drawn, so in one request they are a bad reply.
+        """
         settings = self._job.generate
         room = settings.max_length - len(prompt)
         if room <= 0:
@@ -268,7 +281,10 @@ class ServedEngine:
             if replies[0].finish_reason == "stop" or first == room:
                 return replies
         body = await self._post(server, sampling.drawn(prompt, seed))
-        return [*replies, parse_reply(body, prompt, room - first, sampling, 0)]
+        try:
+            return [*replies, parse_reply(body, prompt, room - first, sampling, 0)]
+        except Phantom:
+            return None
 
     async def _post(self, server: Server, body: bytes) -> bytes:
         url = self._addresses[server.url]
@@ -281,7 +297,12 @@ class ServedEngine:
                 raise Busy(response.status, _seconds(response.headers.get("Retry-After")))
             if response.status >= 500 or response.status == 404:
                 raise aiohttp.ClientPayloadError(f"HTTP {response.status}")
-            raise refusal_of(response.status, answer)
+            raise refusal_of(response.status, self._without_key(answer))
+
+    def _without_key(self, answer: bytes) -> bytes:
+        """An answer fit for a message: some gateways repeat the key."""
+        key = self._headers.get("Authorization", "").removeprefix("Bearer ").encode()
+        return answer.replace(key, b"...") if key else answer
 
     # ---- reporting ----
 

@@ -72,6 +72,9 @@ class LocalServers(ServerAccess):
         fields = {name: getattr(self, name) for name in ServerAccess.model_fields}
         if "requests_per_server" not in self.model_fields_set:
             fields["requests_per_server"] = self.sequences + max(self.sequences // 8, 1)
+        if "patience_s" not in self.model_fields_set:
+            # A server that died is being started again, as long as that takes.
+            fields["patience_s"] = max(self.patience_s, self.start_timeout_s)
         return ServerAccess(**{**fields, "urls": tuple(self.url(number) for number in range(self.number))})
 
 

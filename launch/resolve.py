@@ -147,6 +147,10 @@ def generate_job(
         raise UserError(
             "--partition", "generate.engine is embedded", "parts are for several clients of servers: engine vllm"
         )
+    if partition is not None and partition.of > (
+        most := min(recipe.generate.samples, recipe.generate.held_out_samples)
+    ):
+        raise UserError("--partition", f"{partition.of} parts", f"at most {most}, so that each has held-out samples")
     label = "generate" if partition is None else f"generate-{partition.part}-of-{partition.of}"
     job: GenerateJob = Builder(recipe, runs_dir).job(
         GenerateJob,
@@ -154,7 +158,7 @@ def generate_job(
         seed=recipe.seed,
         dtype=compute_dtype(recipe.models.dtype, cluster),
         model=names.generator,
-        generate=recipe.generate,
+        generate=recipe.generate.of_its_engine(),
         partition=partition,
     )
     if recipe.generate.engine == "embedded":

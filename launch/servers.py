@@ -29,6 +29,7 @@ from recovery.progress import progress
 log = logging.getLogger("recover-lora")
 PROCESSOR = "datagen.vllm_processor:HybridSampling"
 CPU_BATCH_TOKENS = 4096
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # servers of this host, past any proxy
 POLL_S = 1.0
 STOP_S = 15.0
 LAST_LINES = 5
@@ -50,10 +51,16 @@ class Process:
 def answers(url: str) -> bool:
     """Whether a healthy server listens there."""
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
+        with DIRECT.open(f"{url}/health", timeout=5) as response:
             return bool(response.status == 200)
     except (urllib.error.URLError, OSError, ValueError):
         return False
+
+
+def visible_device(variable: str, number: int) -> str:
+    """The number-th of the devices that the user has left visible."""
+    visible = [device for device in os.environ.get(variable, "").split(",") if device]
+    return visible[number] if number < len(visible) else str(number)
 
 
 class ServerPool:
@@ -114,7 +121,7 @@ class ServerPool:
         settings = self._settings
         own: dict[str, str] = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         if self._on_gpu:
-            own |= {"CUDA_VISIBLE_DEVICES": str(number), "HIP_VISIBLE_DEVICES": str(number)}
+            own |= {name: visible_device(name, number) for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")}
         else:
             own |= {
                 "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),

@@ -13,7 +13,7 @@ One safetensors file for each corpus shard, of the same number, so that it can b
     drawn          uint8   (positions)     1: the token was drawn from the full distribution at temperature 1, so where
                                            it lies outside the k it is an unbiased sample of the tail; 0: greedy
 
-A token takes 8 k + 9 bytes.
+A predicted token takes 8 k + 9 bytes (`bytes_per_token`).
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ from recovery.errors import DamagedArtifact
 from recovery.files import write_atomic
 
 FORMAT = "recover-lora sparse teacher signal 1"
+
+
+def bytes_per_token(k: int) -> int:
+    return 8 * k + 9
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,9 @@ class Behaviour:
     ends: bool = True
     """Whether every fourth text ends after a third of the most tokens."""
     key: str | None = None
+    loading: float = 0.0
+    """Seconds from the first request in which everything is answered by 503."""
+    begun: float = 0.0
     seen: int = 0
     served: dict[int, int] = field(default_factory=dict)
 
@@ -101,6 +104,11 @@ class Connection(asyncio.Protocol):
             return
         self._buffer = rest[length:]
         path = lines[0].split()[1].decode()
+        if self._own.loading and not self._own.begun:
+            self._own.begun = time.monotonic()
+        if self._own.begun and time.monotonic() - self._own.begun < self._own.loading:
+            self._answer(503, {"error": {"message": "loading"}})
+            return
         wanted = None if self._own.key is None or path == "/health" else f"Bearer {self._own.key}".encode()
         if wanted is not None and headers.get(b"authorization") != wanted:
             self._answer(401, {"error": {"message": "no"}})
@@ -241,7 +249,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=1)
     parser.add_argument("--port", type=int, action="append", default=[])
-    for name, kind in (("latency", float), ("fault", float), ("weights", int), ("width", int), ("max-model-len", int)):
+    for name, kind in (
+        ("latency", float),
+        ("fault", float),
+        ("weights", int),
+        ("loading", float),
+        ("width", int),
+        ("max-model-len", int),
+    ):
         parser.add_argument(f"--{name}", type=kind, default=getattr(Behaviour, name.replace("-", "_")))
     parser.add_argument("--faults", nargs="*", default=list(Behaviour.faults))
     parser.add_argument("--no-processor", dest="processor", action="store_false")

@@ -33,8 +33,7 @@ def make(index: int, signal: bool = False) -> Sample:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(datagen.pieces, "SHARD_SAMPLES", 5)
-    monkeypatch.setattr(datagen.pieces.blocks_of, "__defaults__", (5,))
+    monkeypatch.setattr(datagen.pieces.seal, "__defaults__", (None, 5, lambda _: None))
     monkeypatch.setattr(datagen.pieces, "CACHE_BYTES", 1)
 
 
@@ -103,7 +102,7 @@ def test_a_damaged_piece_counts_as_missing(tmp_path: Path):
 def test_the_signal_goes_with_its_rows(tmp_path: Path):
     pieces = Pieces(tmp_path / "pieces")
     pieces.write([make(index, signal=True) for index in reversed(range(COUNT))])
-    seal(pieces.paths(), range(COUNT), tmp_path / "train", tmp_path / "signal")
+    seal(pieces.paths(), range(COUNT), tmp_path / "train", tmp_path / "signal", 5)
     for shard in sorted((tmp_path / "train").iterdir()):
         rows = read_rows(shard)
         index, tokens = [row["index"] for row in rows], [np.array(row["tokens"], np.int32) for row in rows]

@@ -194,13 +194,109 @@ def test_a_sample_that_fails_everywhere_ends_the_run_by_name():
         run(complete, 10)
 
 
+def test_a_busy_server_gets_fewer_requests_and_is_no_failure():
+    """A gateway that allows two at a time: nothing is lost, no server is set aside, no sample counts tries."""
+    running: Counter[str] = Counter()
+    refused = 0
+
+    async def complete(server: Server, work: Work) -> Sample:
+        nonlocal refused
+        if running[server.url] >= 2:
+            refused += 1
+            raise Busy(429, None)
+        running[server.url] += 1
+        await asyncio.sleep(0.002)
+        running[server.url] -= 1
+        assert work.tries == 0
+        return sample(work)
+
+    examined: Counter[str] = Counter()
+
+    async def examine(server: Server) -> None:
+        examined[server.url] += 1
+
+    _, delivered = run(complete, 500, servers=2, examine=examine, requests_per_server=40)
+    assert delivered == Counter(range(500))
+    assert set(examined.values()) == {1}
+    assert refused < 1000
+
+
+def test_servers_that_stay_busy_end_the_run():
+    async def busy(*_: object) -> Sample:
+        raise Busy(503, None)
+
+    seen: set[str] = set()
+
+    async def examine(server: Server) -> None:
+        if server.url in seen:
+            raise Busy(503, None)
+        seen.add(server.url)
+
+    with pytest.raises(Unavailable, match=r"no server is left \(http://s0: Busy: HTTP 503"):
+        run(busy, 20, servers=2, examine=examine, patience_s=0.5)
+
+
+def test_a_request_that_one_server_refuses_is_done_by_another():
+    async def complete(server: Server, work: Work) -> Sample:
+        await asyncio.sleep(0.001)
+        if server.url == "http://s0":
+            raise Refused("HTTP 403: no")
+        return sample(work)
+
+    async def examine(server: Server) -> None:
+        if server.why.startswith("Refused"):
+            raise Unfit("it wants a key")
+
+    pool, delivered = run(complete, 200, servers=2, examine=examine)
+    assert delivered == Counter(range(200))
+    assert pool.servers[0].samples == 0
+
+
+def test_a_bad_server_that_passes_the_examination_does_not_spoil_the_run():
+    async def complete(server: Server, work: Work) -> Sample:
+        await asyncio.sleep(0.002)
+        if server.url == "http://s0":
+            raise aiohttp.ClientPayloadError("HTTP 500")
+        return sample(work)
+
+    pool, delivered = run(complete, 800, servers=2)
+    assert delivered == Counter(range(800))
+    # Admitted again and again, but ever more seldom.
+    assert pool.servers[0].errors < 60
+
+
+def test_work_whose_task_is_cancelled_before_it_ran_is_not_lost():
+    async def complete(_: Server, work: Work) -> Sample:
+        await asyncio.sleep(0.001)
+        return sample(work)
+
+    delivered: Counter[int] = Counter()
+    access = ServerAccess(urls=("http://s0", "http://s1"), requests_per_server=4)
+
+    async def main() -> None:
+        pool = Pool(access, complete, passes, healthy, lambda work, _: delivered.update([work.index]))
+        original = pool._start
+
+        def start(server: Server, work: Work) -> None:
+            original(server, work)
+            if work.tries == 0 and work.index % 7 == 0:
+                work.tries = 1
+                next(iter(work.running)).cancel()
+
+        pool._start = start
+        await asyncio.wait_for(pool.run(iter(works(100))), 30)
+
+    asyncio.run(main())
+    assert delivered == Counter(range(100))
+
+
 def test_a_request_that_is_wrong_ends_the_run_with_the_servers_words():
     async def complete(_: Server, work: Work) -> Sample:
         if work.index == 3:
             raise Refused("HTTP 400: max_tokens is too large")
         return sample(work)
 
-    with pytest.raises(UserError, match="HTTP 400: max_tokens is too large"):
+    with pytest.raises(UserError, match=r"HTTP 400: max_tokens is too large; the servers cannot be used"):
         run(complete, 10)
 
 

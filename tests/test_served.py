@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+import datagen.collector
 import datagen.generate
 from datagen.config import Generate, GenerateJob, GenerateRuntime, Mode, Partition, ServerAccess
 from datagen.integrity import check_corpus
 from datagen.merge import merge_parts
-from datagen.pieces import locate
+from datagen.pieces import Pieces, locate
 from datagen.sampling import SamplingPlan, eligible_ids
 from recovery.artifacts import read_manifest
 from recovery.config import ModelInput
@@ -270,6 +271,65 @@ def test_captured_logprobs_are_the_servers(model: Path, tmp_path: Path):
             place += 1
 
 
+def test_a_signal_goes_with_its_rows_through_a_merge(model: Path, tmp_path: Path):
+    with fake_servers(2, *FAKE) as (urls, _):
+        whole = run(make_job(model, tmp_path / "whole", urls, capture_logprobs=3, samples=90))
+        parts = []
+        for part in range(2):
+            job = make_job(
+                model,
+                tmp_path / f"part-{part}",
+                urls,
+                capture_logprobs=3,
+                samples=90,
+                partition=Partition(part=part, of=2),
+            )
+            parts.append(run(job))
+    merged = merge_parts(parts, tmp_path / "artifacts")
+    check_corpus(merged)
+    assert bytes_of(merged) == bytes_of(whole)
+    assert any("signal" in name for name in bytes_of(merged))
+
+
+def test_parts_of_different_models_are_not_merged(model: Path, tmp_path: Path):
+    parts = []
+    for part in range(2):
+        with fake_servers(1, *FAKE, "--weights", str(part)) as (urls, _):
+            job = make_job(model, tmp_path / f"part-{part}", urls, partition=Partition(part=part, of=2))
+            parts.append(run(job))
+    with pytest.raises(UserError, match="made by another model than"):
+        merge_parts(parts, tmp_path / "artifacts")
+
+
+def test_a_disk_that_fails_once_loses_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    original = Pieces.write
+    calls: list[int] = []
+
+    def write(self: Pieces, samples: Any) -> None:
+        calls.append(len(samples))
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        original(self, samples)
+
+    monkeypatch.setattr(Pieces, "write", write)
+    monkeypatch.setattr(datagen.collector, "FLUSH_SECONDS", 0.2)
+    with fake_servers(1, *FAKE, "--latency", "0.1") as (urls, _):
+        job = make_job(model, tmp_path / "corpus", urls, samples=2000)
+        with pytest.raises(OSError, match="No space left"):
+            run(job)
+        # What could not be written was written at the end, with what came since.
+        kept = len(locate(Pieces(tmp_path / ".corpus.partial" / ".pieces" / "train").paths()).index)
+        assert kept + 20 >= calls[0]
+        assert len(rows_of(run(job))) == 2000
+
+
+def test_overloaded_servers_at_the_start_are_waited_for(model: Path, tmp_path: Path):
+    """Answers of a gateway whose servers are still loading are no verdict on the servers."""
+    with fake_servers(1, *FAKE, "--loading", "2.0") as (urls, _):
+        corpus = run(make_job(model, tmp_path / "corpus", urls, samples=40, patience_s=30))
+    assert read_manifest(corpus)["details"]["mode"] == "one_request"
+
+
 def test_a_changed_row_is_found(model: Path, tmp_path: Path):
     from recovery.corpus import Sample, write_shard
 
@@ -287,6 +347,7 @@ def test_a_changed_row_is_found(model: Path, tmp_path: Path):
 
     for changes, fault in (
         ({"index": 99}, "sample 99: where 4 should stand"),
+        ({"seed": 5}, "sample 4: seed 5, the plan has"),
         ({"tokens": [*rows[4]["tokens"], 9]}, "sample 4:"),
         ({"tokens": [7, *rows[4]["tokens"][1:]], "start_token": 7}, "sample 4: starts with"),
         ({"tokens": rows[4]["tokens"][:-1]}, "sample 4: finish reason"),
