@@ -29,6 +29,7 @@ from launch.cluster import Cluster, LocalServers, compute_dtype
 from launch.servers import ServerPool
 from recovery.artifacts import REPOSITORY
 from recovery.config import ModelInput
+from recovery.corpus import Split
 from recovery.models import load_model
 from recovery.tracking import Tracker
 from tests.benchmarks.summary import append_row
@@ -90,7 +91,7 @@ class Bench:
         engine = ServedEngine(job, folder, self.vocabulary)
         stops, width = self.vocabulary.stops, self.vocabulary.width
         engine.sampling = kind(str(MODEL), job.generate, mode, stops, width)
-        pieces = {"train": Pieces(folder / ".pieces")}
+        pieces: dict[Split, Pieces] = {"train": Pieces(folder / ".pieces")}
         with Tracker(None, None) as tracker:
             record = engine.fill({"train": np.arange(self.samples)}, pieces, tracker, 0)
         tokens = record["tokens_per_second"]

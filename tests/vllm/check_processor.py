@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 from vllm.v1.sample.logits_processor import (  # pyright: ignore[reportMissingImports]
     BatchUpdate,
     MoveDirectionality,
