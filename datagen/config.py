@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from recovery.config import Config, Dtype, Job, ModelInput, Runtime
+from recovery.errors import UserError
 
 BosMode = Literal["auto", "always", "never"]
 Mode = Literal["one_request", "two_requests"]
@@ -72,6 +74,15 @@ class ServerAccess(Config):
     """reference: every server's greedy probe must match the model as transformers computes it here, once a model.
     agreement: it must match the first server's, for models too large to load where the client runs."""
 
+    def key(self) -> str | None:
+        """The servers' key, from the environment; None where they want none. Raises UserError when it is not set."""
+        if self.api_key_env is None:
+            return None
+        key = os.environ.get(self.api_key_env)
+        if not key:
+            raise UserError("servers.api_key_env", f"{self.api_key_env} is not set", "export it with the servers' key")
+        return key
+
     @field_validator("urls")
     @classmethod
     def _plain_addresses(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
@@ -89,6 +100,11 @@ class Partition(Config):
 
     part: NonNegativeInt
     of: PositiveInt
+
+    @property
+    def name(self) -> str:
+        """`0-of-2`, for labels and links."""
+        return f"{self.part}-of-{self.of}"
 
     @model_validator(mode="after")
     def _inside(self) -> Partition:

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 import orjson
 
-from datagen.client import Refused, Unfit
 from datagen.config import Generate, Mode
 from datagen.fingerprint import NEW_TOKENS, Probe, difference
 from datagen.protocol import PREFIX
+from datagen.server import Refused, Unfit
 from recovery.config import Dtype, ModelInput
 
 TEXT = "Tokens, 12345 jetons — Wörter, слова, 词语 🙂\n\tdef f(x): return x ** 2"

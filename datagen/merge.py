@@ -42,8 +42,8 @@ def merge_parts(folders: Sequence[Path], artifacts: Path) -> Path:
     """
     jobs, manifests = zip(*(read_part(folder) for folder in folders), strict=True)
     wholes = [job.model_copy(update={"partition": None}) for job in jobs]
-    for folder, whole, manifest in zip(folders, wholes, manifests, strict=True):
-        if whole.identity != wholes[0].identity or jobs[0].partition.of != read_part_of(manifest):
+    for folder, job, whole, manifest in zip(folders, jobs, wholes, manifests, strict=True):
+        if whole.identity != wholes[0].identity or job.partition.of != jobs[0].partition.of:
             raise UserError(str(folder), f"a part of another corpus than {folders[0]}", "give the parts of one")
         if manifest["details"]["mode"] != manifests[0]["details"]["mode"]:
             raise UserError(
@@ -96,7 +96,3 @@ def begin(folder: Path, details: dict[str, Any]) -> None:
         remedy = f"remove {folder}, or finish it with `run`"
         raise UserError(str(folder), f"begun in mode {mode}, the parts are of mode {details['mode']}", remedy)
     write_json(agreement, {name: details[name] for name in ("mode", "fingerprint", "fingerprint_of")})
-
-
-def read_part_of(manifest: dict[str, Any]) -> int:
-    return int(manifest["job"]["partition"]["of"])

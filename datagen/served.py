@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
 import resource
 import time
 from collections.abc import Iterator
@@ -23,14 +22,15 @@ import uvloop
 from numpy.typing import NDArray
 from yarl import URL
 
-from datagen.client import Busy, Pool, Server, Unfit, Work
+from datagen.client import HEALTH_TIMEOUT_S, Pool
 from datagen.collector import Collector
-from datagen.config import GenerateJob, Mode, ServerAccess
+from datagen.config import GenerateJob, Mode
 from datagen.examination import TEXT, Expected, Findings, examine, refusal_of
 from datagen.fingerprint import Probe, from_json, prompts_of, reference_fingerprint, to_json
 from datagen.pieces import Pieces
 from datagen.protocol import BadReply, Phantom, Reply, Sampling, parse_reply
 from datagen.sampling import SamplingPlan
+from datagen.server import Busy, Server, Unfit, Work
 from datagen.throughput import Throughput
 from recovery.corpus import Sample, Split
 from recovery.errors import UserError
@@ -78,22 +78,12 @@ class ServedEngine:
             self._mode, self._agreed = agreed["mode"], from_json(agreed["fingerprint"])
             self._fingerprint_of = agreed["fingerprint_of"]
         self._first = asyncio.Lock()
-        self._headers = self._authorization(access)
+        key = access.key()
+        self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self._addresses = {url: URL(f"{url}/v1/completions") for url in access.urls}
         self._plans: dict[Split, SamplingPlan] = {
             split: SamplingPlan(job.seed, split, vocabulary.eligible) for split in get_args(Split)
         }
-
-    @staticmethod
-    def _authorization(access: ServerAccess) -> dict[str, str]:
-        if access.api_key_env is None:
-            return {}
-        key = os.environ.get(access.api_key_env)
-        if not key:
-            raise UserError(
-                "servers.api_key_env", f"{access.api_key_env} is not set", "export it with the servers' key"
-            )
-        return {"Authorization": f"Bearer {key}"}
 
     @property
     def details(self) -> dict[str, Any]:
@@ -217,7 +207,7 @@ class ServedEngine:
 
     async def _is_healthy(self, server: Server) -> bool:
         try:
-            status, _ = await self._send(server.url + "/health", None, 20.0)
+            status, _ = await self._send(server.url + "/health", None, HEALTH_TIMEOUT_S)
         except (aiohttp.ClientError, OSError):
             return False
         return status < 500
@@ -314,11 +304,11 @@ class ServedEngine:
         while True:
             await asyncio.sleep(1.0)
             now = time.monotonic()
-            tokens = sum(server.tokens for server in pool.servers)
-            usable = sum(server.usable for server in pool.servers)
+            tokens = pool.tokens
             rate = (tokens - tokens_then) / (now - then)
             bar.set_postfix_str(
-                f"{rate:.0f} tok/s, {pool.outstanding} in flight, {usable}/{len(pool.servers)} servers", refresh=False
+                f"{rate:.0f} tok/s, {pool.outstanding} in flight, {pool.usable}/{len(pool.servers)} servers",
+                refresh=False,
             )
             if now - scraped >= SCRAPE_SECONDS:
                 await asyncio.gather(*(self._scrape(server, throughput) for server in pool.servers if server.usable))

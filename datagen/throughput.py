@@ -48,8 +48,7 @@ class Throughput:
     def look(self) -> dict[str, float]:
         """Metrics for tracking: rates since the last look."""
         now = time.monotonic()
-        samples = sum(server.samples for server in self.pool.servers)
-        tokens = sum(server.tokens for server in self.pool.servers)
+        samples, tokens = self.pool.samples, self.pool.tokens
         then, samples_then, tokens_then = self._last
         seconds = max(now - max(then, self.pool.began), 1e-9)
         self._last = (now, samples, tokens)
@@ -57,7 +56,7 @@ class Throughput:
             "perf/tokens_per_second": (tokens - tokens_then) / seconds,
             "perf/requests_per_second": (samples - samples_then) / seconds,
             "perf/outstanding_requests": float(self.pool.outstanding),
-            "perf/usable_servers": float(sum(server.usable for server in self.pool.servers)),
+            "perf/usable_servers": float(self.pool.usable),
             "perf/retries": float(self.pool.retries),
             **{f"perf/share_of_server_{n}": share for n, share in enumerate(self._shares())},
             **{f"perf/{name}": value for name, value in self._of_servers().items()},
@@ -65,7 +64,7 @@ class Throughput:
         return {name: round(value, 4) for name, value in metrics.items()}
 
     def _shares(self) -> Iterable[float]:
-        total = max(sum(server.samples for server in self.pool.servers), 1)
+        total = max(self.pool.samples, 1)
         return [server.samples / total for server in self.pool.servers]
 
     def _of_servers(self) -> dict[str, float]:
@@ -86,12 +85,10 @@ class Throughput:
     def record(self) -> dict[str, object]:
         """What the manifest keeps: totals of this process."""
         seconds = max(time.monotonic() - self.pool.began, 1e-9)
-        tokens = sum(server.tokens for server in self.pool.servers)
-        samples = sum(server.samples for server in self.pool.servers)
         return {
             "seconds": round(seconds, 1),
-            "tokens_per_second": round(tokens / seconds, 1),
-            "requests_per_second": round(samples / seconds, 2),
+            "tokens_per_second": round(self.pool.tokens / seconds, 1),
+            "requests_per_second": round(self.pool.samples / seconds, 2),
             "retries": self.pool.retries,
             "servers": {
                 server.url: {"samples": server.samples, "tokens": server.tokens, "errors": server.errors}

@@ -11,7 +11,9 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -133,7 +135,12 @@ def servers_for(job: Job, cluster: Cluster, logs: Path) -> AbstractContextManage
     return ServerPool(job, cluster, logs)
 
 
-def _command(name: str, help_text: str, only: str | None) -> None:
+Action = Callable[[Path, str, list[str], Path, bool], int]
+
+
+def _command(name: str, help_text: str, action: Action) -> None:
+    """A command of the common options. action: (recipe, cluster, overrides, runs_dir, dry_run) -> exit code."""
+
     def command(
         recipe: RecipeFile,
         cluster: ClusterName = "local",
@@ -141,7 +148,7 @@ def _command(name: str, help_text: str, only: str | None) -> None:
         runs_dir: RunsDir = Path("runs"),
         dry_run: DryRun = False,
     ) -> None:
-        raise typer.Exit(execute(recipe, cluster, overrides, runs_dir, dry_run, only))
+        raise typer.Exit(action(recipe, cluster, overrides, runs_dir, dry_run))
 
     example = f"\n\nExample: recover-lora {name} launch/recipes/smollm2-135m/demo.yaml --set seed=1"
     app.command(name, help=help_text + example)(command)
@@ -179,27 +186,12 @@ def generate(
     raise typer.Exit(execute(recipe, cluster, overrides, runs_dir, dry_run, "generate", part))
 
 
-@app.command(
-    help="Start the cluster's vLLM servers for a recipe, print their addresses, and keep them until Ctrl-C.\n\n"
-    "`run` and `generate` in another terminal use them as they are.\n\n"
-    "Example: recover-lora serve launch/recipes/smollm2-135m/demo.yaml"
-)
-def serve(
-    recipe: RecipeFile,
-    cluster: ClusterName = "local",
-    overrides: Overrides = [],  # noqa: B006 - typer reads the default, nothing changes it
-    runs_dir: RunsDir = Path("runs"),
-    dry_run: DryRun = False,
-) -> None:
-    raise typer.Exit(serve_pool(recipe, cluster, [*overrides, "generate.engine=vllm"], runs_dir, dry_run))
-
-
 def serve_pool(recipe_file: Path, cluster_name: str, overrides: list[str], runs_dir: Path, dry: bool) -> int:
     """Keep the pool of a recipe running until it is interrupted or every server has been given up."""
     from recovery.stage import set_up_logging
 
     cluster = load_cluster(cluster_name)
-    recipe = load_recipe(recipe_file, overrides)
+    recipe = load_recipe(recipe_file, [*overrides, "generate.engine=vllm"])
     if not isinstance(cluster.servers, LocalServers):
         raise UserError(f"cluster {cluster.name}", "it has no servers of kind local", "give its file such a section")
     memory = HashMemory(None if dry else runs_dir / ".hashes.json")
@@ -221,11 +213,20 @@ def serve_pool(recipe_file: Path, cluster_name: str, overrides: list[str], runs_
     return EXIT_FAILED
 
 
-_command("run", "All stages in order; finished ones are reused, an interrupted one goes on.", None)
-_command("degrade", "Damage the reference as the recipe says (for studies).", "degrade")
-_command("train", "Train the adapters by logit distillation.", "train")
-_command("evaluate", "Score reference, degraded and recovered model.", "evaluate")
-_command("report", "Tables, plots and summary.json.", "report")
+for _name, _only, _help in (
+    ("run", None, "All stages in order; finished ones are reused, an interrupted one goes on."),
+    ("degrade", "degrade", "Damage the reference as the recipe says (for studies)."),
+    ("train", "train", "Train the adapters by logit distillation."),
+    ("evaluate", "evaluate", "Score reference, degraded and recovered model."),
+    ("report", "report", "Tables, plots and summary.json."),
+):
+    _command(_name, _help, partial(execute, only=_only))
+_command(
+    "serve",
+    "Start the cluster's vLLM servers for a recipe, print their addresses, and keep them until Ctrl-C.\n\n"
+    "`run` and `generate` in another terminal use them as they are.",
+    serve_pool,
+)
 
 
 def main() -> None:

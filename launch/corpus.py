@@ -6,7 +6,6 @@ recover-lora corpus show runs/smollm2-135m-demo/corpus
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -18,7 +17,6 @@ from recovery.corpus import SUMMARY, TOKENIZER, Split, read_table, shards_of
 from recovery.errors import UserError
 from recovery.files import read_json
 
-log = logging.getLogger("recover-lora")
 BAR_WIDTH = 40
 
 corpus_app = typer.Typer(
@@ -95,8 +93,9 @@ def stats(
 
     from recovery.corpus_statistics import describe_split
 
-    shards = _shards(corpus, _split(split))
-    summary = describe_split(corpus, _split(split))
+    name = _split(split)
+    shards = _shards(corpus, name)
+    summary = describe_split(corpus, name)
     summary["eligible_start_tokens"] = read_json(corpus / SUMMARY).get("eligible_start_tokens")
     if plot is not None:
         from datagen.plots import plot_corpus

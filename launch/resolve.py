@@ -151,7 +151,7 @@ def generate_job(
         most := min(recipe.generate.samples, recipe.generate.held_out_samples)
     ):
         raise UserError("--partition", f"{partition.of} parts", f"at most {most}, so that each has held-out samples")
-    label = "generate" if partition is None else f"generate-{partition.part}-of-{partition.of}"
+    label = "generate" if partition is None else f"generate-{partition.name}"
     job: GenerateJob = Builder(recipe, runs_dir).job(
         GenerateJob,
         label,
@@ -171,9 +171,9 @@ def generate_job(
 
 
 def partition_stage(recipe: Recipe, names: Names, cluster: Cluster, runs_dir: Path, partition: Partition) -> Stage:
-    label = f"generate-{partition.part}-of-{partition.of}"
     job = generate_job(recipe, names, cluster, runs_dir, partition)
-    return Stage(label, "generate", "datagen.generate", job, (f"corpus-{partition.part}-of-{partition.of}",))
+    links = (f"corpus-{partition.name}",)
+    return Stage(f"generate-{partition.name}", "generate", "datagen.generate", job, links)
 
 
 def build_stages(recipe: Recipe, names: Names, cluster: Cluster, runs_dir: Path) -> list[Stage]:

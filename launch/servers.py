@@ -129,10 +129,7 @@ class ServerPool:
                 # Without it the sampler is compiled at the first requests: 20 to 50 s, for no gain on a CPU.
                 "TORCHDYNAMO_DISABLE": "1",
             }
-        if settings.api_key_env is not None:
-            key = os.environ.get(settings.api_key_env)
-            if not key:
-                raise UserError("servers.api_key_env", f"{settings.api_key_env} is not set", "export a key of your own")
+        if (key := settings.key()) is not None:
             # In the environment: a command line can be read by every user of the machine.
             own["VLLM_API_KEY"] = key
         # The logits processor is imported from this checkout. Where it is set, every start would compile vLLM anew.

@@ -12,9 +12,10 @@ import aiohttp
 import pytest
 
 import datagen.client
-from datagen.client import Busy, Pool, Refused, Server, Unfit, Work
+from datagen.client import Pool
 from datagen.config import ServerAccess
 from datagen.protocol import BadReply
+from datagen.server import Busy, Refused, Server, Unfit, Work
 from recovery.corpus import Sample
 from recovery.errors import Unavailable, UserError
 
