@@ -11,7 +11,6 @@ STAMP := $(VENV)/.installed
 # vLLM's own environment, as it wants another transformers; on a cluster its container takes this place.
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
-VLLM_RECIPE ?= launch/recipes/smollm2-135m/demo-vllm.yaml
 # Imported once at the end of the installation, which byte-compiles what is used: sooner done and 0.5 GB smaller
 # than letting pip compile everything there is.
 USED := torch, deepspeed, peft, datasets, mlflow, matplotlib.pyplot, scipy.stats, lm_eval.models.huggingface, \
@@ -63,7 +62,7 @@ demo: install assets ## recover a damaged 135M model end to end: 20 minutes on 2
 	@$(BIN)/recover-lora run $(RECIPE)
 
 demo-vllm: install install-vllm assets ## the demo with its corpus drawn by real vLLM servers
-	@$(BIN)/recover-lora run $(VLLM_RECIPE)
+	@$(BIN)/recover-lora run $(RECIPE) --set name=smollm2-135m-demo-vllm --set generate.engine=vllm
 
 lint: install ## ruff and pyright
 	@$(BIN)/ruff check .

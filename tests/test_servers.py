@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from launch.cluster import Cluster, LocalServers, load_cluster
 from launch.servers import ServerPool, answers
 from recovery.errors import Unavailable, UserError, UserErrors
 from tests.conftest import REPOSITORY
+from tests.processes import children_of, free_ports, group_of, wait_until
 from tests.test_served import make_job
 
 SCRIPT = f"""#!{sys.executable}
@@ -33,19 +33,6 @@ if os.path.exists({{broken!r}}):
 engine = subprocess.Popen(["sleep", "600"])  # vLLM's engine is a process of its own too
 os.execv({sys.executable!r}, [{sys.executable!r}, "-m", "tests.fake_servers", "--port", port])
 """
-
-
-def free_ports(count: int) -> int:
-    """The first of `count` free ports in a row."""
-    for first in range(20000 + os.getpid() % 20000, 60000, count):
-        try:
-            for port in range(first, first + count):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-        except OSError:
-            continue
-        return first
-    raise AssertionError("no free ports")
 
 
 @pytest.fixture
@@ -63,25 +50,6 @@ def pool(tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatc
         return ServerPool(job, Cluster(name="test", device="cpu", servers=servers), tmp_path / "logs")
 
     return make
-
-
-def group_of(leader: int) -> list[int]:
-    members = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[2]) == leader and fields[0] != "Z":
-            members.append(int(stat.parent.name))
-    return members
-
-
-def until(condition: Any, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_started_waited_for_and_ended_with_everything(pool: Any, tmp_path: Path):
@@ -104,14 +72,14 @@ def test_a_dead_server_is_started_again_and_its_engine_with_it(pool: Any):
         first = running.servers[0]
         before = first.process.pid
         members = group_of(before)
-        server = int(Path(f"/proc/{before}/task/{before}/children").read_text().split()[0])
+        server = children_of(before)[0]
         os.kill(server, signal.SIGKILL)
-        until(lambda: not group_of(before))
+        wait_until(lambda: not group_of(before))
         assert len(members) >= 3
-        until(lambda: first.process.pid != before and answers(first.url))
+        wait_until(lambda: first.process.pid != before and answers(first.url))
         assert (first.restarts, running.servers[1].restarts) == (1, 0)
         os.killpg(first.process.pid, signal.SIGKILL)
-        until(lambda: first.given_up)
+        wait_until(lambda: first.given_up)
         assert not running.is_lost  # the other one works on
         assert answers(running.servers[1].url)
 
@@ -162,9 +130,9 @@ def test_killed_with_its_launcher(tmp_path: Path, models: dict[str, Path], pool:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as process:
         assert process.stdout is not None
         assert process.stdout.readline().strip() == settings.url(0)
-        (guard,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split() or [""]
+        (guard,) = children_of(process.pid)
         process.kill()
-    until(lambda: not group_of(int(guard)) and not answers(settings.url(0)))
+    wait_until(lambda: not group_of(guard) and not answers(settings.url(0)))
 
 
 def test_the_shipped_example_of_external_servers_loads():

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from recovery.corpus import Split
 from recovery.models import load_model
 from recovery.tracking import Tracker
 from tests.benchmarks.summary import append_row
+from tests.processes import free_ports
 
 MODEL = REPOSITORY / "assets" / "smollm2-135m-instruct"
 SEQUENCES = 64
@@ -57,10 +57,7 @@ class Unseeded(Sampling):
 
 class Bench:
     def __init__(self, folder: Path, samples: int, new_tokens: int) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        servers = LocalServers(count=1, port=port, sequences=SEQUENCES, kv_cache_gib=2)
+        servers = LocalServers(count=1, port=free_ports(), sequences=SEQUENCES, kv_cache_gib=2)
         self.cluster = Cluster(name="bench", device="cpu", servers=servers)
         self.access = servers.access
         self.folder, self.samples, self.new_tokens = folder, samples, new_tokens

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ import pytest
 import yaml
 
 from tests.conftest import REPOSITORY
+from tests.processes import children_of, free_ports, group_of
 
 MODEL = REPOSITORY / "assets" / "smollm2-135m-instruct"
 KEY = "key-of-the-tests"
@@ -27,12 +26,6 @@ MAX_LENGTH = 130
 # About 2500 tokens for 64 sequences of up to 130: the server must preempt. Prompts of more than 82 tokens come in
 # chunks; those have no seeds in the tests, as a CPU server cannot have both.
 BLOCKS, BLOCK_SIZE = 80, 32
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -73,25 +66,13 @@ class Serving:
 
     def group(self) -> set[int]:
         """Process ids of the servers that `serve` started: guards, API servers, engines."""
-        found = set()
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                fields = stat.read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if fields[0] != "Z" and int(fields[2]) in self.guards():
-                found.add(int(stat.parent.name))
-        return found
-
-    def guards(self) -> set[int]:
-        listing = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return {int(child) for task in listing for child in task.read_text().split()}
+        return {member for guard in children_of(self.process.pid) for member in group_of(guard)}
 
     def api_server(self) -> int:
         """The child of the guard."""
-        (guard,) = self.guards()
-        (child,) = Path(f"/proc/{guard}/task/{guard}/children").read_text().split()
-        return int(child)
+        (guard,) = children_of(self.process.pid)
+        (child,) = children_of(guard)
+        return child
 
 
 def write_files(folder: Path, port: int) -> tuple[Path, Path]:
@@ -128,7 +109,7 @@ def command(name: str, recipe: Path, cluster: Path, runs: Path, *more: str) -> l
 @pytest.fixture(scope="session")
 def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     folder = tmp_path_factory.mktemp("real")
-    recipe, cluster = write_files(folder, free_port())
+    recipe, cluster = write_files(folder, free_ports())
     runs = folder / "runs"
     environment = {**os.environ, "POOL_KEY": KEY, "PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen(
@@ -150,10 +131,3 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
-
-
-def wait_until(condition: Any, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.1)

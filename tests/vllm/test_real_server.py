@@ -31,7 +31,8 @@ from recovery.errors import UserError
 from recovery.models import load_model
 from recovery.stage import build
 from tests.conftest import REPOSITORY
-from tests.vllm.conftest import KEY, MODEL, Serving, command, wait_until
+from tests.processes import wait_until
+from tests.vllm.conftest import KEY, MODEL, Serving, command
 
 pytestmark = pytest.mark.vllm
 WIDTH = 49152
