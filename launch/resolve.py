@@ -13,7 +13,7 @@ from eval.tasks import benchmark_data
 from launch.cluster import Cluster, compute_dtype
 from launch.models import resolve_model
 from launch.recipe import Recipe
-from recovery.config import ArtifactInput, DegradeJob, Job, ModelInput, Runtime, Tracking, TrainJob
+from recovery.config import ArtifactInput, DegradeJob, Dtype, Job, ModelInput, Runtime, Tracking, TrainJob
 from recovery.deepspeed_config import read_deepspeed
 from recovery.errors import UserError, UserErrors
 from recovery.files import HashMemory
@@ -176,17 +176,60 @@ def partition_stage(recipe: Recipe, names: Names, cluster: Cluster, runs_dir: Pa
     return Stage(f"generate-{partition.name}", "generate", "datagen.generate", job, links)
 
 
+def contexts_job(build: Builder, recipe: Recipe, names: Names) -> ContextsJob | None:
+    """The job of the benchmark contexts on which KL is measured too; None when the recipe wants none."""
+    evaluate = recipe.evaluate
+    if not evaluate.contexts:
+        return None
+    return build.job(
+        ContextsJob,
+        "contexts",
+        seed=recipe.seed,
+        tokenizer=names.reference,
+        tasks=evaluate.task_names,
+        count=evaluate.contexts,
+        context_tokens=evaluate.context_tokens,
+        data=names.data,
+    )
+
+
+def score_jobs(
+    build: Builder, recipe: Recipe, names: Names, dtype: Dtype, degraded: ModelInput, train: TrainJob
+) -> dict[str, EvaluateJob]:
+    """The evaluations of the three models; the last two measure KL on the texts that the training job names."""
+    evaluate = recipe.evaluate
+    divergence = Divergence(reference=names.reference, corpus=train.corpus, contexts=train.contexts)
+    models = {
+        "reference": {"model": names.reference, "adapter": None, "divergence": None},
+        "degraded": {"model": degraded, "adapter": None, "divergence": divergence},
+        "recovered": {"model": degraded, "adapter": artifact_of(train), "divergence": divergence},
+    }
+    return {
+        who: build.job(
+            EvaluateJob,
+            f"evaluate-{who}",
+            seed=recipe.seed,
+            dtype=dtype,
+            tasks=evaluate.task_names,
+            limit=evaluate.limit,
+            batch_tokens=evaluate.batch_tokens,
+            data=names.data,
+            **own,
+        )
+        for who, own in models.items()
+    }
+
+
 def build_stages(recipe: Recipe, names: Names, cluster: Cluster, runs_dir: Path) -> list[Stage]:
     """The stages of a run in their order; their jobs need nothing but the recipe and what it names."""
     dtype = compute_dtype(recipe.models.dtype, cluster)
     build = Builder(recipe, runs_dir)
-    evaluate, seed = recipe.evaluate, recipe.seed
     stages: list[Stage] = []
 
     degrade: DegradeJob | None = None
     degraded = names.degraded
     if recipe.degrade is not None:
-        degrade = build.job(DegradeJob, "degrade", seed=seed, reference=names.reference, damage=recipe.degrade)
+        degrade = build.job(DegradeJob, "degrade", seed=recipe.seed, reference=names.reference, damage=recipe.degrade)
         assert degrade is not None
         degraded = ModelInput(path=str(degrade.runtime.output), digest=degrade.identity)
         stages.append(Stage("degrade", "degrade", "recovery.degrade", degrade, ("degraded",)))
@@ -194,32 +237,19 @@ def build_stages(recipe: Recipe, names: Names, cluster: Cluster, runs_dir: Path)
 
     generate = generate_job(recipe, names, cluster, runs_dir)
     stages.append(Stage("generate", "generate", "datagen.generate", generate, ("corpus",)))
-
-    contexts: ContextsJob | None = None
-    if evaluate.contexts:
-        contexts = build.job(
-            ContextsJob,
-            "contexts",
-            seed=seed,
-            tokenizer=names.reference,
-            tasks=evaluate.task_names,
-            count=evaluate.contexts,
-            context_tokens=evaluate.context_tokens,
-            data=names.data,
-        )
-        assert contexts is not None
+    contexts = contexts_job(build, recipe, names)
+    if contexts is not None:
         stages.append(Stage("contexts", "generate", "eval.contexts", contexts, ("contexts",)))
-    contexts_input = artifact_of(contexts) if contexts is not None else None
 
     train: TrainJob = build.job(
         TrainJob,
         "train",
-        seed=seed,
+        seed=recipe.seed,
         dtype=dtype,
         reference=names.reference,
         degraded=degraded,
         corpus=artifact_of(generate),
-        contexts=contexts_input,
+        contexts=artifact_of(contexts) if contexts is not None else None,
         adapter=recipe.adapter,
         teacher=recipe.teacher,
         train=recipe.train,
@@ -227,39 +257,21 @@ def build_stages(recipe: Recipe, names: Names, cluster: Cluster, runs_dir: Path)
     )
     stages.append(Stage("train", "train", "recovery.train", train, ("adapter",), distributed=True))
 
-    divergence = Divergence(reference=names.reference, corpus=artifact_of(generate), contexts=contexts_input)
-    scores: dict[str, EvaluateJob] = {}
-    for who, model, adapter in (
-        ("reference", names.reference, None),
-        ("degraded", degraded, None),
-        ("recovered", degraded, artifact_of(train)),
-    ):
-        scores[who] = build.job(
-            EvaluateJob,
-            f"evaluate-{who}",
-            seed=seed,
-            dtype=dtype,
-            model=model,
-            adapter=adapter,
-            tasks=evaluate.task_names,
-            limit=evaluate.limit,
-            batch_tokens=evaluate.batch_tokens,
-            data=names.data,
-            divergence=None if who == "reference" else divergence,
-        )
-        stages.append(Stage(f"evaluate-{who}", "evaluate", "eval.evaluate", scores[who], (f"scores/{who}",)))
+    scores = score_jobs(build, recipe, names, dtype, degraded, train)
+    for who, job in scores.items():
+        stages.append(Stage(f"evaluate-{who}", "evaluate", "eval.evaluate", job, (f"scores/{who}",)))
 
     report = build.job(
         ReportJob,
         "report",
         name=recipe.name,
-        seed=seed,
-        bootstrap=evaluate.bootstrap,
-        tasks=evaluate.task_names,
-        corpus=artifact_of(generate),
+        seed=recipe.seed,
+        bootstrap=recipe.evaluate.bootstrap,
+        tasks=recipe.evaluate.task_names,
+        corpus=train.corpus,
         adapter=artifact_of(train),
         scores=Scores(**{who: artifact_of(job) for who, job in scores.items()}),
-        contexts=contexts_input,
+        contexts=train.contexts,
         degrade=artifact_of(degrade) if degrade is not None else None,
     )
     stages.append(Stage("report", "report", "eval.report", report, ("report",)))
