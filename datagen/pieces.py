@@ -8,7 +8,6 @@ shards, whatever the servers, restarts and partitions were.
 
 from __future__ import annotations
 
-import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from datagen.config import Generate
 from recovery.corpus import SCHEMA, Sample, read_table, to_table, write_table
 from recovery.errors import DamagedArtifact
-from recovery.teacher_signal import TopLogprobs, bytes_per_token, check_signal, write_signal
+from recovery.teacher_signal import TopLogprobs, bytes_per_token, read_signal, write_signal
 
 SHARD_SAMPLES = 2048
 SIGNAL = "signal"  # column of a piece
@@ -109,12 +108,7 @@ def with_signal(path: Path, table: pa.Table) -> pa.Table:
     if SIGNAL in table.schema.names:
         return table
     rows = [np.asarray(row.values) for row in table["tokens"]]
-    file = path.parent.parent / "signal" / path.parent.name / f"{path.stem}.safetensors"
-    tensors = check_signal(file, table["index"].to_pylist(), rows)
-    packed = []
-    for first, last in itertools.pairwise(tensors["offsets"].tolist()):
-        parts = (tensors[name][first:last] for name in ("top_ids", "top_logprobs", "emitted", "drawn"))
-        packed.append(TopLogprobs(*parts).pack())
+    packed = [signal.pack() for signal in read_signal(path, table["index"].to_pylist(), rows)]
     return table.append_column(SIGNAL, pa.array(packed, pa.large_binary()))
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +25,7 @@ from launch.cluster import Cluster, LocalServers, load_cluster
 from launch.corpus import corpus_app
 from launch.pipeline import dry_run, is_finished, link, missing_inputs, run_stage_process
 from launch.recipe import Recipe, load_recipe
-from launch.resolve import build_stages, check_models, generate_job, partition_stage, resolve_names
+from launch.resolve import Names, Stage, build_stages, check_models, generate_job, partition_stage, resolve_names
 from launch.servers import ServerPool
 from recovery.config import Job
 from recovery.errors import EXIT_DONE, EXIT_FAILED, UserError
@@ -40,6 +41,10 @@ app = typer.Typer(
 
 app.add_typer(corpus_app, name="corpus")
 
+NO_STAGE = {
+    "degrade": "its degraded model is given; run the next stage",
+    "cache": "its teacher is online; set teacher.kind=hidden_states or sparse_logits, or add --dry-run to compare them",
+}
 RecipeFile = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="Recipe file, e.g. launch/recipes/smollm2-135m/demo.yaml")
 ]
@@ -73,8 +78,10 @@ def execute(
     if partition is not None:
         stages = [partition_stage(recipe, names, cluster, runs_dir, partition)]
     wanted = [stage for stage in stages if only in (None, stage.command)]
-    if not wanted:
-        raise UserError(str(recipe_file), f"it has no stage {only}", "its degraded model is given; run the next stage")
+    if only == "cache" and dry:
+        print(teacher_costs(recipe, names, cluster, stages))
+    elif not wanted:
+        raise UserError(str(recipe_file), f"it has no stage {only}", NO_STAGE[only or ""])
     run_folder = runs_dir / recipe.name
     if dry:
         check_models(recipe, names)
@@ -107,6 +114,13 @@ def execute(
     if only in (None, "report"):
         print_result(recipe, runs_dir)
     return EXIT_DONE
+
+
+def teacher_costs(recipe: Recipe, names: Names, cluster: Cluster, stages: list[Stage]) -> str:
+    from launch.estimate import teacher_table
+
+    corpus = next(stage.job.runtime.output for stage in stages if stage.label == "generate")
+    return teacher_table(recipe, names.reference, names.degraded or names.reference, corpus, cluster)
 
 
 def print_result(recipe: Recipe, runs_dir: Path) -> None:
@@ -186,6 +200,38 @@ def generate(
     raise typer.Exit(execute(recipe, cluster, overrides, runs_dir, dry_run, "generate", part))
 
 
+@app.command(
+    help="Train the adapters by logit distillation.\n\n"
+    "Example: recover-lora train launch/recipes/smollm2-135m/demo.yaml --set train.loss.kind=reverse_kl"
+)
+def train(
+    recipe: RecipeFile,
+    cluster: ClusterName = "local",
+    overrides: Overrides = [],  # noqa: B006 - typer reads the default, nothing changes it
+    runs_dir: RunsDir = Path("runs"),
+    dry_run: DryRun = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Only take a few steps, and say where their time goes.")
+    ] = False,
+) -> None:
+    if profile and not dry_run:
+        raise typer.Exit(profile_training(recipe, cluster, overrides, runs_dir))
+    raise typer.Exit(execute(recipe, cluster, overrides, runs_dir, dry_run, "train"))
+
+
+def profile_training(recipe_file: Path, cluster_name: str, overrides: list[str], runs_dir: Path) -> int:
+    """Run recovery.profile on the recipe's training job; its inputs must be there."""
+    cluster, recipe = load_cluster(cluster_name), load_recipe(recipe_file, overrides)
+    names = resolve_names(recipe, HashMemory(runs_dir / ".hashes.json"))
+    stages = build_stages(recipe, names, cluster, runs_dir)
+    stage = next(stage for stage in stages if stage.command == "train")
+    if absent := missing_inputs(stage, stages):
+        raise UserError("--profile", f"needs {', '.join(absent)}, not finished", "run these first")
+    run_folder = runs_dir / recipe.name
+    folder = str(run_folder / "profile")
+    return run_stage_process(replace(stage, module="recovery.profile"), run_folder, cluster, (folder,))
+
+
 def serve_pool(recipe_file: Path, cluster_name: str, overrides: list[str], runs_dir: Path, dry: bool) -> int:
     """Keep the pool of a recipe running until it is interrupted or every server has been given up."""
     from recovery.stage import set_up_logging
@@ -216,7 +262,14 @@ def serve_pool(recipe_file: Path, cluster_name: str, overrides: list[str], runs_
 for _name, _only, _help in (
     ("run", None, "All stages in order; finished ones are reused, an interrupted one goes on."),
     ("degrade", "degrade", "Damage the reference as the recipe says (for studies)."),
-    ("train", "train", "Train the adapters by logit distillation."),
+    (
+        "cache",
+        "cache",
+        (
+            "Store the reference's signal for a corpus (teacher.kind hidden_states or sparse_logits).\n\n"
+            "With --dry-run: disk, memory and time of every kind for this recipe, predicted."
+        ),
+    ),
     ("evaluate", "evaluate", "Score reference, degraded and recovered model."),
     ("report", "report", "Tables, plots and summary.json."),
 ):

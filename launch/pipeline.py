@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from launch.cluster import Cluster
@@ -40,12 +41,12 @@ def missing_inputs(stage: Stage, all_stages: list[Stage]) -> list[str]:
     ]
 
 
-def run_stage_process(stage: Stage, run_folder: Path, cluster: Cluster) -> int:
+def run_stage_process(stage: Stage, run_folder: Path, cluster: Cluster, arguments: Sequence[str] = ()) -> int:
     """Write the job file, run the stage, return its exit code. An interrupt is passed on and waited for."""
     job_file = job_file_of(stage, run_folder)
     job_file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(job_file, stage.job.to_json())
-    command = command_of(stage, job_file, cluster)
+    command = [*command_of(stage, job_file, cluster), *arguments]
     environment = {**os.environ, **cluster.environment, LAUNCHER: str(os.getpid())}
     if cluster.device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from datagen.config import Generate
 from eval.config import Evaluate
-from recovery.config import Adapter, Config, GaussianNoise, Models, OnlineTeacher, Train
+from recovery.config import Adapter, Config, GaussianNoise, Models, OnlineTeacher, SparseLogitsTeacher, Teacher, Train
 from recovery.errors import UserError, UserErrors
 
 CREDENTIALS = re.compile(r"//[^/@\s'\"]*@")
@@ -34,7 +34,7 @@ class Recipe(Config):
     """Damage made by this program, for studies; left out when models.degraded is given."""
     generate: Generate = Generate()
     adapter: Adapter = Adapter()
-    teacher: OnlineTeacher = OnlineTeacher()
+    teacher: Teacher = OnlineTeacher()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     tracking: TrackingSection = TrackingSection()
@@ -43,6 +43,19 @@ class Recipe(Config):
     def _one_damage(self) -> Recipe:
         if (self.degrade is None) == (self.models.degraded is None):
             raise ValueError("give exactly one of models.degraded (a model of yours) and degrade (damage made here)")
+        return self
+
+    @model_validator(mode="after")
+    def _one_teacher(self) -> Recipe:
+        if not isinstance(self.teacher, SparseLogitsTeacher):
+            return self
+        loss = self.train.loss
+        if loss.kind != "forward_kl" or loss.temperature != 1:
+            raise ValueError("teacher.kind sparse_logits has train.loss forward_kl at temperature 1 only")
+        if self.teacher.captured and not self.generate.capture_logprobs:
+            raise ValueError(
+                "teacher.captured needs generate.capture_logprobs, the number of log-probabilities to store"
+            )
         return self
 
 
@@ -114,6 +127,10 @@ def _user_error(kind: type[BaseModel], path: Path, fault: Any) -> UserError:
         return UserError(where, "unknown field", f"{hint}known here: {', '.join(known)}")
     if fault["type"] == "missing":
         return UserError(where, "missing", "give it")
+    if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        tag = fault["ctx"].get("tag")
+        known = sorted(kind for model in models for kind in get_args(model.model_fields["kind"].annotation))
+        return UserError(f"{where}.kind", "missing" if tag is None else f"found {tag!r}", f"one of: {', '.join(known)}")
     message = fault["msg"].removeprefix("Value error, ")
     return UserError(where, f"found {shown}", message[0].lower() + message[1:])
 

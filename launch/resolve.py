@@ -13,7 +13,19 @@ from eval.tasks import benchmark_data
 from launch.cluster import Cluster, compute_dtype
 from launch.models import resolve_model
 from launch.recipe import Recipe
-from recovery.config import ArtifactInput, DegradeJob, Dtype, Job, ModelInput, Runtime, Tracking, TrainJob
+from recovery.config import (
+    ArtifactInput,
+    CacheJob,
+    DegradeJob,
+    Dtype,
+    Job,
+    ModelInput,
+    OnlineTeacher,
+    Runtime,
+    SparseLogitsTeacher,
+    Tracking,
+    TrainJob,
+)
 from recovery.deepspeed_config import read_deepspeed
 from recovery.errors import UserError, UserErrors
 from recovery.files import HashMemory
@@ -193,6 +205,25 @@ def contexts_job(build: Builder, recipe: Recipe, names: Names) -> ContextsJob | 
     )
 
 
+def cache_job(
+    build: Builder, recipe: Recipe, names: Names, dtype: Dtype, corpus: GenerateJob, contexts: ContextsJob | None
+) -> CacheJob | None:
+    """The job of the reference's signal on disk; None where its forward runs beside the student's."""
+    if isinstance(recipe.teacher, OnlineTeacher):
+        return None
+    draws = isinstance(recipe.teacher, SparseLogitsTeacher) and not recipe.teacher.captured
+    return build.job(
+        CacheJob,
+        "cache",
+        seed=recipe.seed if draws else 0,
+        dtype=dtype,
+        reference=names.reference,
+        corpus=artifact_of(corpus),
+        contexts=artifact_of(contexts) if contexts is not None else None,
+        teacher=recipe.teacher,
+    )
+
+
 def score_jobs(
     build: Builder, recipe: Recipe, names: Names, dtype: Dtype, degraded: ModelInput, train: TrainJob
 ) -> dict[str, EvaluateJob]:
@@ -241,6 +272,10 @@ def build_stages(recipe: Recipe, names: Names, cluster: Cluster, runs_dir: Path)
     if contexts is not None:
         stages.append(Stage("contexts", "generate", "eval.contexts", contexts, ("contexts",)))
 
+    cache = cache_job(build, recipe, names, dtype, generate, contexts)
+    if cache is not None:
+        stages.append(Stage("cache", "cache", "recovery.cache", cache, ("teacher_cache",), distributed=True))
+
     train: TrainJob = build.job(
         TrainJob,
         "train",
@@ -250,6 +285,7 @@ def build_stages(recipe: Recipe, names: Names, cluster: Cluster, runs_dir: Path)
         degraded=degraded,
         corpus=artifact_of(generate),
         contexts=artifact_of(contexts) if contexts is not None else None,
+        cache=artifact_of(cache) if cache is not None else None,
         adapter=recipe.adapter,
         teacher=recipe.teacher,
         train=recipe.train,

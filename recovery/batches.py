@@ -1,11 +1,15 @@
-"""Batches: which samples make an optimizer step, and how a step is cut into forward passes.
+"""Batches: which samples make an optimizer step, and how they are packed into forward passes.
 
 The plan is a pure function of (lengths, seed, epoch, token budgets), so every rank derives it alone, a resumed run
 finds its place by the step's number, and the global number of loss tokens is known without communication.
+
+A forward pass takes whole samples, one behind the other, without padding between them (recovery.attention keeps them
+apart): T tokens of S samples, N of them with loss.
 """
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,10 +36,36 @@ class Step:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded rows: ids (B, T) int64, and which positions carry loss (B, T) bool."""
+    """Samples packed into one row of tokens."""
 
-    ids_BT: Tensor
-    mask_BT: Tensor
+    rows: tuple[int, ...]
+    """Positions of the samples in their split."""
+    ids_T: Tensor
+    """int64"""
+    positions_T: Tensor
+    """int64: each token's place in its own sample."""
+    bounds: tuple[int, ...]
+    """(0, ..., T): where each sample begins, and the end."""
+    loss_N: Tensor
+    """int64: places in the row that carry loss."""
+    next_N: Tensor
+    """int64: the ids that follow there."""
+
+    def to(self, device: torch.device) -> Batch:
+        ids_T, positions_T, loss_N, next_N = (
+            tensor.to(device, non_blocking=True) for tensor in (self.ids_T, self.positions_T, self.loss_N, self.next_N)
+        )
+        return Batch(self.rows, ids_T, positions_T, self.bounds, loss_N, next_N)
+
+    def pin(self) -> Batch:
+        """In page-locked memory, from which a GPU copies without the host waiting."""
+        tensors = (tensor.pin_memory() for tensor in (self.ids_T, self.positions_T, self.loss_N, self.next_N))
+        ids_T, positions_T, loss_N, next_N = tensors
+        return Batch(self.rows, ids_T, positions_T, self.bounds, loss_N, next_N)
+
+    def without_loss(self) -> Batch:
+        """The same forward pass, of which nothing is learned."""
+        return Batch(self.rows, self.ids_T, self.positions_T, self.bounds, self.loss_N[:0], self.next_N[:0])
 
 
 def plan_epoch(
@@ -44,8 +74,8 @@ def plan_epoch(
     """The steps of one epoch over samples of these lengths, in a seeded order.
 
     skip: leading positions of every sample that carry no loss (1 where a beginning-of-text id stands in front).
-    A step takes samples until the next would exceed batch_tokens; a micro-batch holds rows of similar length whose
-    padded size stays within micro_batch_tokens; a sample longer than a budget goes alone.
+    A step takes samples until the next would exceed batch_tokens; its micro-batches hold at most micro_batch_tokens;
+    a sample longer than a budget goes alone.
     """
     order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(lengths))
     steps: list[Step] = []
@@ -64,17 +94,26 @@ def plan_epoch(
 
 
 def _step(group: list[int], lengths: NDArray[np.int64], skip: int, budget: int) -> Step:
-    by_length = sorted(group, key=lambda position: (-int(lengths[position]), position))
-    micro_batches: list[list[int]] = []
-    widest = 0
-    for position in by_length:
-        if micro_batches and (len(micro_batches[-1]) + 1) * widest <= budget:
-            micro_batches[-1].append(position)
-        else:
-            micro_batches.append([position])
-            widest = int(lengths[position])
     loss_tokens = sum(loss_positions(int(lengths[position]), skip) for position in group)
-    return Step(tuple(tuple(rows) for rows in micro_batches), loss_tokens)
+    return Step(pack(group, lengths, budget), loss_tokens)
+
+
+def pack(group: list[int], lengths: NDArray[np.int64], budget: int) -> tuple[tuple[int, ...], ...]:
+    """Micro-batches of at most `budget` tokens: best fit, longest first (each sample goes where least room stays)."""
+    by_length = sorted(group, key=lambda position: (-int(lengths[position]), position))
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, bin), in order
+    for position in by_length:
+        length = int(lengths[position])
+        place = bisect.bisect_left(room, (length, -1))
+        if place < len(room):
+            left, number = room.pop(place)
+        else:
+            left, number = max(budget, length), len(bins)
+            bins.append([])
+        bins[number].append(position)
+        bisect.insort(room, (left - length, number))
+    return tuple(tuple(rows) for rows in bins)
 
 
 def loss_positions(length: int, skip: int) -> int:
@@ -82,22 +121,35 @@ def loss_positions(length: int, skip: int) -> int:
     return max(0, length - 1 - skip)
 
 
-def collate(tokens: Tokens, rows: tuple[int, ...], device: torch.device) -> Batch:
-    """The rows, padded on the right with id 0 (no causal model looks there)."""
-    samples = [tokens.row(position) for position in rows]
-    width = max(len(sample) for sample in samples)
-    ids = np.zeros((len(samples), width), dtype=np.int64)
-    mask = np.zeros((len(samples), width), dtype=bool)
-    for number, sample in enumerate(samples):
-        ids[number, : len(sample)] = sample
-        mask[number, tokens.skip : len(sample) - 1] = True
+def idle_share(plan: list[Step], lengths: NDArray[np.int64], micro_batch_tokens: int) -> float:
+    """The share of all micro-batches' room that no sample fills: what padding them to their budget would waste."""
+    used = sum(int(lengths[row]) for step in plan for rows in step.micro_batches for row in rows)
+    room = sum(
+        max(micro_batch_tokens, sum(int(lengths[row]) for row in rows)) for step in plan for rows in step.micro_batches
+    )
+    return 1 - used / room if room else 0.0
+
+
+def collate(tokens: Tokens, rows: tuple[int, ...]) -> Batch:
+    """The rows, one behind the other, on the CPU."""
+    samples = [tokens.row(row) for row in rows]
+    lengths = [len(sample) for sample in samples]
+    bounds = (0, *np.cumsum(lengths).tolist())
+    ids = np.concatenate(samples).astype(np.int64)
+    places = [
+        np.arange(start + tokens.skip, start + length - 1) for start, length in zip(bounds, lengths, strict=False)
+    ]
+    loss = np.concatenate(places).astype(np.int64)
     return Batch(
-        torch.from_numpy(ids).to(device, non_blocking=True),
-        torch.from_numpy(mask).to(device, non_blocking=True),
+        rows,
+        torch.from_numpy(ids),
+        torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
+        bounds,
+        torch.from_numpy(loss),
+        torch.from_numpy(ids[loss + 1]),
     )
 
 
 def micro_batches_of(tokens: Tokens, micro_batch_tokens: int) -> list[tuple[int, ...]]:
-    """All rows in micro-batches of similar length, for measuring."""
-    rows = list(range(len(tokens)))
-    return list(_step(rows, tokens.lengths, 0, micro_batch_tokens).micro_batches) if rows else []
+    """All rows in packed micro-batches, for measuring."""
+    return list(pack(list(range(len(tokens))), tokens.lengths, micro_batch_tokens))

@@ -89,23 +89,84 @@ class OnlineTeacher(Config):
     kind: Literal["online"] = "online"
 
 
+class HiddenStatesTeacher(Config):
+    """The reference's final hidden states, cached on disk once: the loss makes the logits again with its head."""
+
+    kind: Literal["hidden_states"] = "hidden_states"
+    dtype: Dtype = "bfloat16"
+    """Of the stored states; those of a bfloat16 model lose nothing in bfloat16."""
+
+
+class SparseLogitsTeacher(Config):
+    """The reference's largest probabilities and tokens drawn from the rest, cached on disk once (arXiv 2503.16870)."""
+
+    kind: Literal["sparse_logits"] = "sparse_logits"
+    top: PositiveInt = 48
+    """Entries of the largest probabilities."""
+    tail: PositiveInt = 16
+    """Entries drawn from the others; each counts for its share of their mass, so the gradient is unbiased."""
+    captured: bool = False
+    """Take what vLLM servers gave with the corpus (generate.capture_logprobs) instead of running the reference:
+    top is then that number, and the sampled token itself is the only draw; greedy tokens have none."""
+
+
+Teacher = Annotated[OnlineTeacher | HiddenStatesTeacher | SparseLogitsTeacher, Field(discriminator="kind")]
+
+
+class _Loss(Config):
+    temperature: PositiveFloat = 1.0
+    """Divides both models' logits; the loss is multiplied by its square."""
+    cross_entropy: float = Field(default=0.0, ge=0, le=1)
+    """Share of the cross-entropy with the corpus' own tokens, at temperature 1; the divergence has the rest."""
+
+
+class ForwardKL(_Loss):
+    """KL(reference || student), the paper's loss (equation 2)."""
+
+    kind: Literal["forward_kl"] = "forward_kl"
+
+
+class ReverseKL(_Loss):
+    """KL(student || reference)."""
+
+    kind: Literal["reverse_kl"] = "reverse_kl"
+
+
+class JensenShannon(_Loss):
+    """The generalized Jensen-Shannon divergence of GKD (arXiv 2306.13649, equation 1)."""
+
+    kind: Literal["jensen_shannon"] = "jensen_shannon"
+    beta: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the reference in the mixture that both are compared with."""
+
+
+Loss = Annotated[ForwardKL | ReverseKL | JensenShannon, Field(discriminator="kind")]
+
+
 class Train(Config):
+    loss: Loss = ForwardKL()
     learning_rate: PositiveFloat = 5e-4
     epochs: PositiveInt = 3
     warmup_steps: NonNegativeInt = 80
-    """Linear warm-up, then linear decay to zero at the last step."""
+    """Linear warm-up over the loss tokens of that many steps, then linear decay to zero at the last token."""
+    warmup_tokens: NonNegativeInt | None = None
+    """The warm-up in loss tokens, whatever the size of a step; takes the place of warmup_steps."""
     batch_tokens: PositiveInt = 65536
     """Most tokens of one optimizer step over all ranks; the paper's 32 samples of 2048 tokens."""
     micro_batch_tokens: PositiveInt = 2048
-    """Most tokens, padding counted, of one forward pass on one device."""
+    """Most tokens of one forward pass on one device; samples are packed into it without padding."""
     max_grad_norm: PositiveFloat = 1.0
     weight_decay: NonNegativeFloat = 0.0
     evaluate_every: PositiveInt = 50
     """Steps between two measurements on held-out text."""
     checkpoint_every: PositiveInt = 50
     """Steps between two checkpoints; after a kill at most this many steps are done again."""
+    log_every: PositiveInt = 10
+    """Steps between two looks at the losses, which are otherwise left on the device."""
     activation_checkpointing: bool = False
     """Trade a second forward pass for activation memory."""
+    compile: bool = False
+    """torch.compile the student's layers: worth its minutes on a GPU, and only in long runs."""
     deepspeed: str = "zero1"
     """A file of ds_configs/ (without .json) or a path to a DeepSpeed JSON: ZeRO stage and communication only."""
 
@@ -239,9 +300,21 @@ class DegradeJob(Job):
     damage: Annotated[GaussianNoise, Field()]
 
 
+class CacheJob(Job):
+    stage: ClassVar[str] = "cache"
+    schema_version: ClassVar[int] = 1
+    seed: int
+    """Of the draws from the tail; 0 where there are none, so that recipes of several seeds share a cache."""
+    dtype: Dtype
+    reference: ModelInput
+    corpus: ArtifactInput
+    contexts: ArtifactInput | None = None
+    teacher: Annotated[HiddenStatesTeacher | SparseLogitsTeacher, Field(discriminator="kind")]
+
+
 class TrainJob(Job):
     stage: ClassVar[str] = "train"
-    schema_version: ClassVar[int] = 1
+    schema_version: ClassVar[int] = 2
     seed: int
     dtype: Dtype
     reference: ModelInput
@@ -249,8 +322,10 @@ class TrainJob(Job):
     corpus: ArtifactInput
     contexts: ArtifactInput | None = None
     """Benchmark contexts: held-out KL is measured on them too, nothing is learned from them."""
+    cache: ArtifactInput | None = None
+    """The reference's signal; None with an online teacher, whose forward runs beside the student's."""
     adapter: Adapter
-    teacher: OnlineTeacher
+    teacher: Teacher
     train: Train
     deepspeed: dict[str, Any]
     """The DeepSpeed JSON, as read from ds_configs/."""

@@ -15,13 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage] - documented as public
+from torch.profiler import record_function
 
 from recovery.adapters import adapter_parameters
 from recovery.batches import Batch
-from recovery.config import TrainJob
+from recovery.config import Loss, TrainJob
 from recovery.deepspeed_config import complete
-from recovery.loss import forward_kl
-from recovery.models import Head, causal_lm, final_hidden, head_of
+from recovery.head import Head
+from recovery.loss import distill, distill_trainable
+from recovery.models import causal_lm, final_hidden, head_of
+from recovery.targets import DenseTargets, Targets
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -51,19 +54,29 @@ def start_distributed() -> tuple[int, int]:
 
 
 class Student(nn.Module):
-    """The adapted model as the engine runs it: a batch and the teacher's states in, a sum of KL out."""
+    """The adapted model as the engine runs it: a batch and its targets in, the sum of the loss out."""
 
     def __init__(self, adapted: Any, width: int) -> None:
         super().__init__()
         self.adapted = adapted
         self.width = width
 
-    def forward(self, batch: Batch, reference_NG: Tensor, reference_head: Head) -> Tensor:
-        """Sum over loss positions of KL(reference || student), nats, float32 scalar."""
-        hidden_NH = final_hidden(self.adapted, batch.ids_BT)[batch.mask_BT]
-        with self.whole_head() as head:
-            total, _ = forward_kl(hidden_NH, head, reference_NG, reference_head)
-        return total
+    def forward(self, batch: Batch, targets: Targets, loss: Loss) -> Tensor:
+        """Sum of the loss over the batch's loss positions, nats, float32 scalar."""
+        with record_function("student"):
+            hidden_NH = final_hidden(self.adapted, batch)[batch.loss_N]
+        with record_function("loss"):
+            if self.trainable_head:
+                assert isinstance(targets, DenseTargets), "a trainable head needs dense targets"
+                logits_of = causal_lm(self.adapted).get_output_embeddings()
+                return distill_trainable(hidden_NH, logits_of, targets, loss, batch.next_N)
+            with self.whole_head() as head:
+                return distill(hidden_NH, head, targets, loss, batch.next_N)
+
+    @property
+    def trainable_head(self) -> bool:
+        head = causal_lm(self.adapted).get_output_embeddings()
+        return any(parameter.requires_grad for parameter in head.parameters())
 
     @contextlib.contextmanager
     def whole_head(self) -> Iterator[Head]:
@@ -95,24 +108,26 @@ class Engine:
         self._engine: Any = deepspeed.initialize(model=student, optimizer=optimizer, config=config)[0]
         self._student = student
         self._ranks = torch.distributed.get_world_size()
+        self._loss = job.train.loss
 
-    def backward(self, batch: Batch, reference_NG: Tensor, head: Head, step_tokens: int, *, last: bool) -> Tensor:
-        """One micro-batch's gradient; last: the step's last one on this rank. Returns its detached sum of KL."""
+    def backward(self, batch: Batch, targets: Targets, step_tokens: int, *, last: bool) -> Tensor:
+        """One micro-batch's gradient; last: the step's last one on this rank. Returns its detached sum of the loss."""
         self._engine.set_gradient_accumulation_boundary(last)
-        total = self._engine(batch, reference_NG, head)
+        total = self._engine(batch, targets, self._loss)
         # DeepSpeed averages over ranks; the loss is a sum over ranks divided by the global number of tokens.
-        self._engine.backward(total * (self._ranks / step_tokens))
+        with record_function("backward"):
+            self._engine.backward(total * (self._ranks / step_tokens))
         return total.detach()
 
-    def step(self, learning_rate: float) -> float:
-        """Update the adapters; returns the gradient's norm before clipping."""
+    def step(self, learning_rate: float) -> Tensor | float:
+        """Update the adapters; returns the gradient's norm before clipping, on the device where DeepSpeed left it."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
-        return float(self._engine.get_global_grad_norm() or 0.0)
+        return self._engine.get_global_grad_norm() or 0.0
 
-    def hidden(self, ids_BT: Tensor) -> Tensor:
-        return final_hidden(self._student.adapted, ids_BT)
+    def hidden(self, batch: Batch) -> Tensor:
+        return final_hidden(self._student.adapted, batch)
 
     def weights(self) -> dict[str, Tensor]:
         """Whole float32 master weights by parameter name, on the CPU. Every rank must call it."""
@@ -133,7 +148,7 @@ class Engine:
                 state[f"{kind}/{name}"] = _whole(safe_get_full_optimizer_state(parameter, kind), name)
         return state
 
-    def restore(self, state: dict[str, Tensor], step: int, batch: Batch, reference_NG: Tensor, head: Head) -> None:
+    def restore(self, state: dict[str, Tensor], step: int, batch: Batch, targets: Targets) -> None:
         """Continue from `state` after `step` steps.
 
         One step with zero gradient and zero learning rate, on any batch, copies the master weights into the model's
@@ -145,7 +160,7 @@ class Engine:
         for name, parameter in parameters.items():
             safe_set_full_fp32_param(parameter, state[f"weight/{name}"].to(parameter.device))
         self._engine.set_gradient_accumulation_boundary(True)
-        self._engine.backward(self._engine(batch, reference_NG, head) * 0.0)
+        self._engine.backward(self._engine(batch, targets, self._loss) * 0.0)
         self.step(0.0)
         for name, parameter in parameters.items():
             for kind in MOMENTS:

@@ -11,12 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recovery.attention import packed
 from recovery.batches import Batch, collate, micro_batches_of
 from recovery.corpus import Tokens
+from recovery.head import Head
 from recovery.loss import compare
-from recovery.models import Head, causal_lm, final_hidden, head_of
+from recovery.models import causal_lm, final_hidden, head_of
 from recovery.progress import progress
-from recovery.teacher import OnlineTeacher, TeacherSignal
+from recovery.targets import DenseTargets
+from recovery.teacher import DenseTeacher, OnlineTeacher
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ def measure(
     """Compare two causal LMs (PEFT models too) on every position of `tokens` that predicts a token."""
     held_out = HeldOut(tokens, OnlineTeacher(reference, width), causal_lm(reference).device, micro_batch_tokens)
     head = head_of(student, width)
-    return held_out.measure(lambda: nullcontext(head), lambda ids_BT: final_hidden(student, ids_BT), description)
+    with packed(causal_lm(student)), packed(causal_lm(reference)):
+        return held_out.measure(lambda: nullcontext(head), lambda batch: final_hidden(student, batch), description)
 
 
 class HeldOut:
@@ -46,7 +50,7 @@ class HeldOut:
     def __init__(
         self,
         tokens: Tokens,
-        teacher: TeacherSignal,
+        teacher: DenseTeacher,
         device: torch.device,
         micro_batch_tokens: int,
         *,
@@ -58,35 +62,36 @@ class HeldOut:
         self._rows = micro_batches_of(tokens, micro_batch_tokens)
         self._kept: dict[int, Tensor] | None = {} if keep else None
 
-    def _reference_hidden(self, number: int, batch: Batch) -> Tensor:
-        if self._kept is None:
-            return self._teacher.hidden(batch)
-        if number not in self._kept:
-            self._kept[number] = self._teacher.hidden(batch).cpu()
-        return self._kept[number].to(self._device)
+    def _targets(self, number: int, batch: Batch) -> DenseTargets:
+        kept = None if self._kept is None else self._kept.get(number)
+        if kept is not None:
+            return DenseTargets(kept.to(self._device), self._teacher.head)
+        targets = self._teacher.targets(batch, self._teacher.fetch(batch.rows))
+        if self._kept is not None:
+            self._kept[number] = targets.hidden_NG.cpu()
+        return targets
 
     @torch.no_grad()
     def measure(
         self,
         head: Callable[[], AbstractContextManager[Head]],
-        hidden_of: Callable[[Tensor], Tensor],
+        hidden_of: Callable[[Batch], Tensor],
         description: str | None = None,
     ) -> Measurement:
         """head: gives the student's head, entered for each batch after its hidden states are there.
 
-        hidden_of: ids (B, T) to the student's final hidden states (B, T, H). description: show a progress bar.
+        hidden_of: a batch to the student's final hidden states (T, H). description: show a progress bar.
         """
         sums = torch.zeros(4, dtype=torch.float64)
         count = 0
         bar = progress(int(self._tokens.lengths.sum()), "tok", description) if description else None
         for number, rows in enumerate(self._rows):
-            batch = collate(self._tokens, rows, self._device)
-            next_N = batch.ids_BT.roll(-1, dims=1)[batch.mask_BT]
-            hidden_NH = hidden_of(batch.ids_BT)[batch.mask_BT]
-            reference_NG = self._reference_hidden(number, batch)
+            batch = collate(self._tokens, rows).to(self._device)
+            hidden_NH = hidden_of(batch)[batch.loss_N]
+            targets = self._targets(number, batch)
             with head() as student_head:
-                sums += compare(hidden_NH, student_head, reference_NG, self._teacher.head, next_N).cpu()
-            count += len(next_N)
+                sums += compare(hidden_NH, student_head, targets, batch.next_N).cpu()
+            count += len(batch.next_N)
             if bar is not None:
                 bar.update(int(sum(self._tokens.lengths[row] for row in rows)))
         if bar is not None:

@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import logging
 import warnings
-from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from recovery.attention import use_packed_attention
+from recovery.batches import Batch, collate
 from recovery.config import Dtype, ModelInput
+from recovery.corpus import Tokens
 from recovery.errors import UserError
+from recovery.head import Head
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
+UNKNOWN = "this architecture computes its logits in a way that this version does not know"
 
 
 def quiet_libraries() -> None:
@@ -80,40 +85,19 @@ def load_model(given: ModelInput, dtype: Dtype | None, *, placed: bool = True) -
     return model.to(device()) if placed else model
 
 
-@dataclass(frozen=True)
-class Head:
-    """What turns final hidden states (T, H) into logits (T, V): rows beyond the tokenizer's are cut off."""
+def share_equal(model: Any, other: Any) -> int:
+    """Let `model` use the tensors of `other` that are equal to its own; returns their bytes.
 
-    weight_VH: Tensor
-    bias_V: Tensor | None
-    scale: float
-    softcap: float | None
-
-    def logits(self, hidden_TH: Tensor) -> Tensor:
-        """float32 logits (T, V) that were accumulated in float32, whatever the dtype of the model."""
-        logits_TV = _matmul_fp32(hidden_TH, self.weight_VH)
-        if self.bias_V is not None:
-            logits_TV += self.bias_V.float()
-        if self.scale != 1.0:
-            logits_TV *= self.scale
-        if self.softcap is not None:
-            logits_TV.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits_TV
-
-    def backward(self, gradient_TV: Tensor, logits_TV: Tensor) -> Tensor:
-        """The gradient to the hidden states (T, H), float32, of a gradient to the logits (overwritten)."""
-        if self.softcap is not None:
-            gradient_TV *= 1 - (logits_TV / self.softcap).square()
-        if self.scale != 1.0:
-            gradient_TV *= self.scale
-        return gradient_TV @ self.weight_VH.float()
-
-
-def _matmul_fp32(hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
-    if hidden_TH.dtype == weight_VH.dtype == torch.bfloat16 and hidden_TH.is_cuda:
-        return torch.mm(hidden_TH, weight_VH.T, out_dtype=torch.float32)
-    # CPUs have no product of bf16 factors with a float32 result; rounding logits to bf16 is what makes peers inexact.
-    return hidden_TH.float() @ weight_VH.float().T
+    Both are frozen: a damaged model differs from its reference in few tensors, and need not be held twice.
+    """
+    others = dict(other.named_parameters())
+    shared = 0
+    for name, parameter in model.named_parameters():
+        twin = others.get(name)
+        if twin is not None and twin.dtype == parameter.dtype and torch.equal(twin, parameter):
+            parameter.data = twin.data
+            shared += parameter.nbytes
+    return shared
 
 
 def causal_lm(model: Any) -> Any:
@@ -137,28 +121,38 @@ def head_of(model: Any, width: int) -> Head:
     )
 
 
-def final_hidden(model: Any, input_ids_BT: Tensor) -> Tensor:
-    """Hidden states (B, T, H) after the last norm, which the head multiplies.
+def final_hidden(model: Any, batch: Batch) -> Tensor:
+    """Hidden states (T, H) of packed samples after the last norm, which the head multiplies.
 
-    Rows are padded on the right, where a causal model cannot look: no attention mask is needed, and the padding's own
-    states are never used.
+    The model must have packed attention (recovery.attention).
     """
     decoder = causal_lm(model).get_decoder()
-    return decoder(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+    output = decoder(
+        input_ids=batch.ids_T[None], position_ids=batch.positions_T[None], bounds=batch.bounds, use_cache=False
+    )
+    return output.last_hidden_state[0]
 
 
 @torch.no_grad()
 def check_training_path(model: Any, width: int, name: str) -> None:
-    """Raise UserError unless head(final hidden states) equals the model's own logits on a few tokens."""
+    """Raise UserError unless head(final hidden states) of packed samples equals the model's own logits of each.
+
+    Leaves the model with packed attention.
+    """
     base = causal_lm(model)
-    ids_BT = torch.arange(8, device=base.device)[None] % width
-    own_TV = base(input_ids=ids_BT, use_cache=False).logits[0, :, :width].float()
-    ours_TV = head_of(model, width).logits(final_hidden(model, ids_BT)[0])
-    tolerance = 1e-3 if own_TV.dtype == base.dtype else 2.0**-6
+    samples = [torch.arange(first, first + length) % width for first, length in ((0, 8), (3, 5), (7, 11))]
+    lengths = np.array([len(sample) for sample in samples])
+    tokens = Tokens(np.arange(3), np.concatenate([[0], lengths.cumsum()]), torch.cat(samples).int().numpy())
+    own = [base(input_ids=sample[None].to(base.device), use_cache=False).logits[0] for sample in samples]
+    own_TV = torch.cat(own)[:, :width].float()
+    use_packed_attention(base)
+    batch = collate(tokens, (0, 1, 2)).to(base.device)
+    try:
+        ours_TV = head_of(model, width).logits(final_hidden(model, batch))
+    except (TypeError, AssertionError) as error:
+        raise UserError(name, f"its attention cannot be packed ({error})", UNKNOWN) from error
+    tolerance = 1e-3 if own[0].dtype == torch.float32 else 2.0**-6
     worst = float((own_TV - ours_TV).abs().max() / own_TV.abs().max().clamp(min=1e-6))
     if worst > tolerance:
-        raise UserError(
-            name,
-            f"its logits are not head(final hidden states) (relative difference {worst:.2g})",
-            "this architecture computes logits in a way that this version does not know",
-        )
+        found = f"its logits are not head(final hidden states) of packed samples (relative difference {worst:.2g})"
+        raise UserError(name, found, UNKNOWN)

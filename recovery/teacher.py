@@ -8,17 +8,31 @@ import torch
 from torch import Tensor
 
 from recovery.batches import Batch
-from recovery.models import Head, final_hidden, head_of
+from recovery.head import Head
+from recovery.models import final_hidden, head_of
+from recovery.targets import DenseTargets, Targets
 
 
 class TeacherSignal(Protocol):
-    """The reference's final hidden states at a batch's loss positions, and the head they belong to."""
+    """Where the targets of a batch come from."""
+
+    def fetch(self, rows: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """What lies on disk for these samples, on the CPU; called ahead of the step, in another thread."""
+        ...
+
+    def targets(self, batch: Batch, fetched: tuple[Tensor, ...]) -> Targets:
+        """One target for each of `batch.loss_N`, on the batch's device."""
+        ...
+
+
+class DenseTeacher(Protocol):
+    """A signal of whole distributions; texts for measuring always have one."""
 
     head: Head
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """(N, G): one row per True of `batch.mask_BT`, in row-major order; G is the reference's own width."""
-        ...
+    def fetch(self, rows: tuple[int, ...]) -> tuple[Tensor, ...]: ...
+
+    def targets(self, batch: Batch, fetched: tuple[Tensor, ...]) -> DenseTargets: ...
 
 
 class OnlineTeacher:
@@ -28,6 +42,11 @@ class OnlineTeacher:
         self._reference = reference
         self.head = head_of(reference, width)
 
+    def fetch(self, rows: tuple[int, ...]) -> tuple[Tensor, ...]:  # noqa: ARG002 - nothing lies on disk
+        return ()
+
     @torch.no_grad()
-    def hidden(self, batch: Batch) -> Tensor:
-        return final_hidden(self._reference, batch.ids_BT)[batch.mask_BT]
+    def targets(self, batch: Batch, fetched: tuple[Tensor, ...] = ()) -> DenseTargets:  # noqa: ARG002 - see fetch
+        if not len(batch.loss_N):
+            return DenseTargets(self.head.weight_VH[:0], self.head)
+        return DenseTargets(final_hidden(self._reference, batch)[batch.loss_N], self.head)

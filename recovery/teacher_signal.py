@@ -19,6 +19,7 @@ A predicted token takes 8 k + 9 bytes (`bytes_per_token`).
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,3 +128,18 @@ def check_signal(path: Path, index: Sequence[int], rows: Sequence[NDArray[np.int
         if int(tensors["first"][place]) + positions != len(row):
             raise DamagedArtifact(str(path), f"row {index[place]} has another length than its shard", remedy)
     return tensors
+
+
+def signal_path(shard: Path) -> Path:
+    """Where the signal of a corpus shard's rows lies: `<corpus>/signal/<split>/<shard>.safetensors`."""
+    return shard.parent.parent / "signal" / shard.parent.name / f"{shard.stem}.safetensors"
+
+
+def read_signal(shard: Path, index: Sequence[int], rows: Sequence[NDArray[np.int32]]) -> list[TopLogprobs]:
+    """The signal of a corpus shard's rows, in their order. Raises DamagedArtifact by row."""
+    tensors = check_signal(signal_path(shard), index, rows)
+    names = ("top_ids", "top_logprobs", "emitted", "drawn")
+    return [
+        TopLogprobs(*(tensors[name][first:last] for name in names))
+        for first, last in itertools.pairwise(tensors["offsets"].tolist())
+    ]

@@ -10,44 +10,65 @@ Goes on from its last checkpoint after any kill, with the same losses. The artif
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.profiler import record_function
 
 from recovery.adapters import adapter_parameters, add_adapter, save_adapter
 from recovery.artifacts import Workspace
-from recovery.batches import Step, collate, plan_epoch
+from recovery.batches import Batch, Step, collate, idle_share, plan_epoch
 from recovery.checkpoint import load_checkpoint, save_checkpoint
-from recovery.config import Train, TrainJob
+from recovery.config import SparseLogitsTeacher, Train, TrainJob
 from recovery.corpus import TOKENIZER, Tokens, check_ids, read_split
 from recovery.engine import Engine, Student, start_distributed
 from recovery.errors import UserError
 from recovery.files import write_atomic
+from recovery.head import Head
 from recovery.measure import HeldOut, Measurement
-from recovery.models import TORCH_DTYPES, check_training_path, device, load_model
+from recovery.models import TORCH_DTYPES, causal_lm, check_training_path, device, head_of, load_model, share_equal
 from recovery.progress import progress
 from recovery.stage import run_stage
-from recovery.teacher import OnlineTeacher, TeacherSignal
+from recovery.teacher import DenseTeacher, OnlineTeacher, TeacherSignal
+from recovery.teacher_cache import CachedHiddenStates, CachedSparseLogits, read_head
 from recovery.tracking import Tracker
 from recovery.vocabulary import compare, load_vocabulary, used_width
 
 log = logging.getLogger("recover-lora")
 CHECKPOINTS = ".checkpoints"
+AHEAD = 3
+"""Micro-batches that are made ready while one is computed."""
+Prepared = tuple[Batch, tuple[Tensor, ...]]
+"""A micro-batch and what its teacher has on disk, both on the CPU."""
 
 
-def learning_rate(step: int, steps: int, train: Train) -> float:
-    """Of step 0..steps-1: linear warm-up to the peak, then linear decay towards zero (Appendix B of the paper)."""
-    warmup = min(train.warmup_steps, steps)
-    if step < warmup:
-        return train.learning_rate * (step + 1) / warmup
-    return train.learning_rate * (steps - step) / max(1, steps - warmup)
+def learning_rates(step_tokens: list[int], train: Train) -> list[float]:
+    """Of every step: linear warm-up to the peak, then linear decay towards zero (Appendix B of the paper).
+
+    Counted in loss tokens, so that a recipe means the same with steps of another size, and a small step is a small
+    part of the way.
+    """
+    ends = np.cumsum([0, *step_tokens])
+    total = int(ends[-1])
+    warmup = train.warmup_tokens
+    warmup = int(ends[min(train.warmup_steps, len(step_tokens))]) if warmup is None else min(warmup, total)
+    rates = []
+    for before, end in itertools.pairwise(ends.tolist()):
+        share = min(1.0, end / warmup) if before < warmup else (total - before) / (total - warmup)
+        rates.append(train.learning_rate * share)
+    return rates
 
 
 def advice(kls: list[float]) -> str | None:
@@ -74,11 +95,23 @@ class Run:
     tokens: Tokens
     held_out: dict[str, HeldOut]
     plan: list[Step]
+    rates: list[float]
     tracker: Tracker
+    pending: list[Taken] = field(default_factory=list)
+    """Steps whose losses nobody has looked at yet."""
 
     @property
     def leader(self) -> bool:
         return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step that was taken; its figures are still on the device, of this rank alone."""
+
+    number: int
+    total: Tensor
+    norm: Tensor | float
 
 
 def set_up(job: TrainJob, folder: Path, rank: int, ranks: int, tracker: Tracker) -> Run:
@@ -87,32 +120,95 @@ def set_up(job: TrainJob, folder: Path, rank: int, ranks: int, tracker: Tracker)
     compare(vocabulary, load_vocabulary(str(job.corpus.path / TOKENIZER), model=False), str(job.corpus.path))
     tokens = read_split(job.corpus.path, "train")
     check_ids(tokens, width, str(job.corpus.path))
-    reference = load_model(job.reference, job.dtype)
-    check_training_path(reference, width, "models.reference")
-    adapted = add_adapter(load_model(job.degraded, job.dtype), job.adapter, job.seed)
+    texts = {"held_out": read_split(job.corpus.path, "held_out")}
+    if job.contexts is not None:
+        texts["contexts"] = read_split(job.contexts.path, "held_out")
+    degraded = load_model(job.degraded, job.dtype)
+    reference = None if job.cache is not None else load_model(job.reference, job.dtype)
+    if reference is not None:
+        shared = share_equal(degraded, reference)
+        log.info("%.0f MB of weights are the same in both models and held once", shared / 1e6)
+    adapted = add_adapter(degraded, job.adapter, job.seed)
     check_training_path(adapted, width, "models.degraded")
     if job.train.activation_checkpointing:
         adapted.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
         adapted.train()
+    if job.train.compile:
+        compile_layers(adapted)
     student = Student(adapted, width)
-    teacher = OnlineTeacher(reference, width)
-    texts = {"held_out": read_split(job.corpus.path, "held_out")}
-    if job.contexts is not None:
-        texts["contexts"] = read_split(job.contexts.path, "held_out")
+    teacher, measuring = teachers(job, reference, width, tokens, texts, head_of(adapted, width))
     held_out = {
-        name: HeldOut(text, teacher, device(), job.train.micro_batch_tokens, keep=True) for name, text in texts.items()
+        name: HeldOut(text, measuring[name], device(), job.train.micro_batch_tokens, keep=job.cache is None)
+        for name, text in texts.items()
     }
+    budgets = job.train.batch_tokens, job.train.micro_batch_tokens
     plan = [
         step
         for epoch in range(job.train.epochs)
-        for step in plan_epoch(
-            tokens.lengths, tokens.skip, job.seed, epoch, job.train.batch_tokens, job.train.micro_batch_tokens
-        )
+        for step in plan_epoch(tokens.lengths, tokens.skip, job.seed, epoch, *budgets)
     ]
     if any(step.loss_tokens == 0 for step in plan):
         raise UserError(str(job.corpus.path), "samples of one token, which carry no loss", "raise generate.max_length")
+    rates = learning_rates([step.loss_tokens for step in plan], job.train)
     engine = Engine(student, job)
-    return Run(job, folder, rank, ranks, adapted, student, engine, teacher, tokens, held_out, plan, tracker)
+    return Run(job, folder, rank, ranks, adapted, student, engine, teacher, tokens, held_out, plan, rates, tracker)
+
+
+def teachers(
+    job: TrainJob, reference: Any, width: int, tokens: Tokens, texts: dict[str, Tokens], student_head: Head
+) -> tuple[TeacherSignal, Mapping[str, DenseTeacher]]:
+    """The signal to learn from, and those to measure the other texts with. reference: None where there is a cache."""
+    if job.cache is None:
+        check_training_path(reference, width, "models.reference")
+        online = OnlineTeacher(reference, width)
+        return online, dict.fromkeys(texts, online)
+    folder = job.cache.path
+    head = read_head(folder, student_head, TORCH_DTYPES[job.dtype])
+    if head.width != width:
+        raise UserError(str(folder), f"logits of {head.width} tokens, the models have {width}", "make the cache anew")
+    measuring = {name: CachedHiddenStates(folder / name, text, head) for name, text in texts.items()}
+    if isinstance(job.teacher, SparseLogitsTeacher):
+        return CachedSparseLogits(folder / "train", tokens), measuring
+    return CachedHiddenStates(folder / "train", tokens, head), measuring
+
+
+def compile_layers(adapted: Any) -> None:
+    """torch.compile of everything in a layer but its attention, which takes another shape with every batch."""
+    for layer in causal_lm(adapted).get_decoder().layers:
+        for name, part in layer.named_children():
+            if "attn" not in name:
+                part.compile(dynamic=True)
+
+
+def prepared(run: Run, first: int) -> Generator[Prepared, None, None]:
+    """This rank's micro-batches from step `first` on, with what their teacher has on disk, made ahead of the step."""
+
+    def make(rows: tuple[int, ...], spare: bool) -> Prepared:
+        batch, fetched = collate(run.tokens, rows), run.teacher.fetch(rows)
+        if spare:
+            batch = batch.without_loss()
+        if device().type != "cpu":
+            batch, fetched = batch.pin(), tuple(tensor.pin_memory() for tensor in fetched)
+        return batch, fetched
+
+    def wanted() -> Iterator[tuple[tuple[int, ...], bool]]:
+        for step in run.plan[first:]:
+            for rows in step.of_rank(run.rank, run.ranks):
+                # A rank without a micro-batch of its own runs one without loss, so that all reduce together.
+                yield rows or step.micro_batches[0], not rows
+
+    with ThreadPoolExecutor(1, "data") as thread:
+        waiting: deque[Future[Prepared]] = deque()
+        try:
+            for rows, spare in wanted():
+                waiting.append(thread.submit(make, rows, spare))
+                if len(waiting) > AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def resume(run: Run) -> int:
@@ -121,8 +217,9 @@ def resume(run: Run) -> int:
     done = 0
     if found is not None:
         done, state = found
-        batch = collate(run.tokens, run.plan[0].micro_batches[0], device())
-        run.engine.restore(state, done, batch, run.teacher.hidden(batch), run.teacher.head)
+        rows = run.plan[0].micro_batches[0]
+        batch = collate(run.tokens, rows).to(device())
+        run.engine.restore(state, done, batch, run.teacher.targets(batch, run.teacher.fetch(rows)))
         log.info("going on after step %d of %d", done, len(run.plan))
     if run.leader:
         for name in ("history.jsonl", "held_out.jsonl"):
@@ -141,38 +238,52 @@ def _keep_until(path: Path, step: int) -> None:
     write_atomic(path, "".join(line + "\n" for line in kept))
 
 
-def train_step(run: Run, number: int) -> dict[str, float]:
-    """One optimizer step; returns its line for the history."""
-    started = time.monotonic()
+def train_step(run: Run, number: int, feed: Iterator[Prepared]) -> None:
+    """One optimizer step; its loss and norm stay on the device, in `run.pending`."""
     step = run.plan[number]
     mine = step.of_rank(run.rank, run.ranks)
     total = torch.zeros((), device=device())
-    for position, rows in enumerate(mine):
-        # A rank without a micro-batch of its own runs one without loss, so that all reduce together.
-        batch = collate(run.tokens, rows or step.micro_batches[0], device())
-        if not rows:
-            batch.mask_BT[:] = False
-        reference_NG = run.teacher.hidden(batch)
-        total += run.engine.backward(
-            batch, reference_NG, run.teacher.head, step.loss_tokens, last=position == len(mine) - 1
+    for position in range(len(mine)):
+        with record_function("data"):
+            host, fetched = next(feed)
+        batch = host.to(device())
+        with record_function("teacher"):
+            targets = run.teacher.targets(batch, fetched)
+        total += run.engine.backward(batch, targets, step.loss_tokens, last=position == len(mine) - 1)
+    with record_function("optimizer"):
+        norm = run.engine.step(run.rates[number])
+    run.pending.append(Taken(number, total, norm))
+
+
+def look(run: Run) -> list[dict[str, float]]:
+    """The history's lines of the pending steps: the one place where the host waits for the device.
+
+    Raises RuntimeError for a loss or norm that is not finite, before any checkpoint could hold its weights.
+    """
+    if not run.pending:
+        return []
+    totals = torch.stack([taken.total for taken in run.pending])
+    torch.distributed.all_reduce(totals)
+    lines = []
+    for taken, total in zip(run.pending, totals.tolist(), strict=True):
+        step = run.plan[taken.number]
+        loss, norm = total / step.loss_tokens, float(taken.norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            rows = sorted(row for batch_rows in step.micro_batches for row in batch_rows)
+            raise RuntimeError(
+                f"loss {loss}, gradient norm {norm} at step {taken.number + 1}, samples {rows}; nothing was saved over"
+            )
+        lines.append(
+            {
+                "step": taken.number + 1,
+                "loss": loss,
+                "learning_rate": run.rates[taken.number],
+                "grad_norm": norm,
+                "loss_tokens": step.loss_tokens,
+            }
         )
-    rate = learning_rate(number, len(run.plan), run.job.train)
-    norm = run.engine.step(rate)
-    torch.distributed.all_reduce(total)
-    loss = float(total) / step.loss_tokens
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        rows = sorted(row for batch_rows in step.micro_batches for row in batch_rows)
-        raise RuntimeError(
-            f"loss {loss}, gradient norm {norm} at step {number + 1}, samples {rows}; nothing was saved over"
-        )
-    seconds = time.monotonic() - started
-    return {
-        "loss": loss,
-        "learning_rate": rate,
-        "grad_norm": norm,
-        "loss_tokens": step.loss_tokens,
-        "tokens_per_second": step.loss_tokens / seconds,
-    }
+    run.pending.clear()
+    return lines
 
 
 def measure_held_out(run: Run, step: int, tokens: int) -> dict[str, Measurement]:
@@ -199,38 +310,41 @@ def measure_held_out(run: Run, step: int, tokens: int) -> dict[str, Measurement]
 
 
 def train(run: Run, workspace: Workspace | None) -> None:
-    """The loop: every step's line, measurements and checkpoints at their intervals."""
-    done = resume(run)
-    tokens_before = [0]
-    for step in run.plan:
-        tokens_before.append(tokens_before[-1] + step.loss_tokens)
+    """The loop: steps, and at their intervals a look at the losses, measurements and checkpoints."""
+    done, settings = resume(run), run.job.train
+    ends = np.cumsum([0, *(step.loss_tokens for step in run.plan)]).tolist()
     if done == 0:
         measure_held_out(run, 0, 0)
-    bar = progress(tokens_before[-1], "tok", "train", tokens_before[done]) if run.leader else None
+    bar = progress(ends[-1], "tok", "train", ends[done]) if run.leader else None
     kls = _earlier_kls(run.folder / "held_out.jsonl") if run.leader else []
+    feed, clock = prepared(run, done), time.monotonic()
     for number in range(done, len(run.plan)):
-        line = train_step(run, number)
-        step, tokens = number + 1, tokens_before[number + 1]
-        if run.leader:
-            with (run.folder / "history.jsonl").open("a") as file:
-                # Without times, so that equal runs have equal files; speeds stand in metrics.jsonl.
-                kept = {key: value for key, value in line.items() if key != "tokens_per_second"}
-                file.write(json.dumps({"step": step, "tokens": tokens, **kept}) + "\n")
-            track_step(run, step, tokens, line)
+        train_step(run, number, feed)
+        step, tokens = number + 1, ends[number + 1]
         if bar is not None:
-            bar.update(int(line["loss_tokens"]))
-            bar.set_postfix_str(f"KL {line['loss']:.3f}")
+            bar.update(tokens - ends[number])
         last = step == len(run.plan)
-        if step % run.job.train.evaluate_every == 0 or last:
+        evaluate = last or step % settings.evaluate_every == 0
+        checkpoint = last or step % settings.checkpoint_every == 0
+        if evaluate or checkpoint or step % settings.log_every == 0:
+            lines = look(run)
+            if run.leader:
+                keep(run, lines, ends, time.monotonic() - clock)
+            if bar is not None:
+                bar.set_postfix_str(f"loss {lines[-1]['loss']:.3f}")
+            clock = time.monotonic()
+        if evaluate:
             kls.append(measure_held_out(run, step, tokens)["held_out"].kl)
             if run.leader and (hint := advice(kls)):
                 log.warning(hint)
-        if step % run.job.train.checkpoint_every == 0 or last:
+        if checkpoint:
             state = run.engine.state()
             if run.leader:
                 save_checkpoint(run.folder / CHECKPOINTS, step, state)
                 assert workspace is not None
                 workspace.tick()
+        if evaluate or checkpoint:
+            clock = time.monotonic()
     if bar is not None:
         bar.close()
 
@@ -240,29 +354,23 @@ def _earlier_kls(path: Path) -> list[float]:
     return [line["kl"] for line in lines if line["split"] == "held_out"]
 
 
-def track_step(run: Run, step: int, tokens: int, line: dict[str, float]) -> None:
-    log.debug(
-        "step %d/%d tokens %d loss %.5f lr %.3e grad %.3f %.0f tok/s",
-        *(
-            step,
-            len(run.plan),
-            tokens,
-            line["loss"],
-            line["learning_rate"],
-            line["grad_norm"],
-            line["tokens_per_second"],
-        ),
-    )
-    run.tracker.metrics(
-        {
-            "loss/train": line["loss"],
-            "optim/learning_rate": line["learning_rate"],
-            "optim/grad_norm": line["grad_norm"],
-            "perf/tokens_per_second": line["tokens_per_second"],
-            "data/tokens": tokens,
-        },
-        step,
-    )
+def keep(run: Run, lines: list[dict[str, float]], ends: list[int], seconds: float) -> None:
+    """Write the lines into the history, and track them. seconds: what these steps took together."""
+    speed = sum(line["loss_tokens"] for line in lines) / seconds
+    with (run.folder / "history.jsonl").open("a") as file:
+        for line in lines:
+            step = int(line["step"])
+            # Without times, so that equal runs have equal files; speeds stand in metrics.jsonl.
+            file.write(json.dumps({"tokens": ends[step], **line}) + "\n")
+            log.debug("step %d/%d loss %.5f grad %.3f", step, len(run.plan), line["loss"], line["grad_norm"])
+            values = {
+                "loss/train": line["loss"],
+                "optim/learning_rate": line["learning_rate"],
+                "optim/grad_norm": line["grad_norm"],
+                "perf/tokens_per_second": speed,
+                "data/tokens": ends[step],
+            }
+            run.tracker.metrics(values, step)
 
 
 @contextlib.contextmanager
@@ -284,11 +392,16 @@ def produce(job: TrainJob, workspace: Workspace) -> dict[str, Any]:
             "trainable_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in parameters.values()),
             "adapted_modules": len(parameters) // 2,
             "ranks": ranks,
+            "padding_share": 0.0,
+            "idle_share": round(idle_share(run.plan, run.tokens.lengths, job.train.micro_batch_tokens), 4),
         }
         log.info(
-            "%(trainable_parameters)d trainable parameters, %(steps)d steps, %(loss_tokens)d loss tokens",
-            counts,
+            "%(trainable_parameters)d trainable parameters, %(steps)d steps, %(loss_tokens)d loss tokens; no padding, "
+            "%(idle_share).1f%% of the room for micro-batches unused",
+            {**counts, "idle_share": 100 * counts["idle_share"]},
         )
+        if run.student.trainable_head:
+            log.info("the head learns too: its loss goes through autograd, with two products more")
         train(run, workspace if leader else None)
         prefix = "adapted."
         weights = {

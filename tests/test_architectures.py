@@ -6,15 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from recovery.adapters import load_adapter
+from recovery.attention import packed
+from recovery.batches import Batch, collate
 from recovery.config import ModelInput
-from recovery.corpus import read_split
+from recovery.corpus import Tokens, read_split
 from recovery.loss import forward_kl
 from recovery.measure import measure
-from recovery.models import final_hidden, head_of, load_model
+from recovery.models import causal_lm, final_hidden, head_of, load_model
 from recovery.vocabulary import load_vocabulary, used_width
 from tests.conftest import ARCHITECTURES
 from tests.pipeline import make_benchmarks, run_in_process, tiny_recipe
@@ -33,6 +36,14 @@ def model_at(folder: Path) -> Any:
 
 def ids(width: int) -> torch.Tensor:
     return torch.randint(0, width, (3, 24), generator=torch.Generator().manual_seed(0))
+
+
+def packed_samples(width: int) -> tuple[list[torch.Tensor], Batch]:
+    """Samples of unequal length (Gemma2's window is 16), alone and packed, with loss on every position."""
+    samples = [ids(width)[row, :length] for row, length in enumerate((24, 9, 17))]
+    offsets = np.cumsum([0, *map(len, samples)])
+    batch = collate(Tokens(np.arange(3), offsets, torch.cat(samples).int().numpy()), (0, 1, 2))
+    return samples, batch
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -74,32 +85,35 @@ def test_training_path_equals_the_models_own_forward(runs: dict[str, dict[str, P
     vocabulary = load_vocabulary(str(runs[kind]["degrade"]))
     width = used_width(vocabulary, vocabulary)
     assert width == len(vocabulary.tokens)
-    tokens = ids(width)
+    tokens, batch = packed_samples(width)
     with torch.no_grad():
-        own = model(input_ids=tokens).logits[..., :width]
-        ours = head_of(model, width).logits(final_hidden(model, tokens).flatten(0, 1))
-    torch.testing.assert_close(ours, own.flatten(0, 1), rtol=1e-5, atol=1e-5)
+        own = torch.cat([model(input_ids=sample[None]).logits[0, :, :width] for sample in tokens])
+        with packed(causal_lm(model)):
+            ours = head_of(model, width).logits(final_hidden(model, batch))
+    torch.testing.assert_close(ours, own, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_gradients_equal_autograd_through_the_models_own_logits(models: dict[str, Path], kind: str):
-    """The three-product loss against a dense float64-free oracle that knows nothing of hidden states."""
+    """Packed training against dense losses of single samples, which know nothing of hidden states or packing."""
     student, teacher = model_at(models[kind]), model_at(models[kind])
-    width, tokens = 200, ids(200)
+    width = 200
+    tokens, batch = packed_samples(width)
     weight = student.get_submodule("model.layers.0.self_attn.v_proj").weight
     weight.requires_grad_()
     with torch.no_grad():
         weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
-        reference_logits = teacher(input_ids=tokens).logits[..., :width]
-        reference = final_hidden(teacher, tokens).flatten(0, 1)
-    logits = student(input_ids=tokens).logits[..., :width]
+        reference_logits = torch.cat([teacher(input_ids=sample[None]).logits[0, :, :width] for sample in tokens])
+        with packed(teacher):
+            reference = final_hidden(teacher, batch)
+    logits = torch.cat([student(input_ids=sample[None]).logits[0, :, :width] for sample in tokens])
     dense = torch.nn.functional.kl_div(
         torch.log_softmax(logits, -1), torch.log_softmax(reference_logits, -1), reduction="sum", log_target=True
     )
     (expected,) = torch.autograd.grad(dense, weight)
-    total, _ = forward_kl(
-        final_hidden(student, tokens).flatten(0, 1), head_of(student, width), reference, head_of(teacher, width)
-    )
+    with packed(student):
+        hidden = final_hidden(student, batch)
+        total = forward_kl(hidden, head_of(student, width), reference, head_of(teacher, width))
     (found,) = torch.autograd.grad(total, weight)
     torch.testing.assert_close(total, dense, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recovery.batches import collate, loss_positions, plan_epoch
+from recovery.batches import collate, idle_share, loss_positions, plan_epoch
 from recovery.corpus import Tokens
 
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=60)
@@ -31,7 +30,7 @@ def test_every_sample_once_within_budgets(lengths: list[int], seed: int, budget:
         assert len(members) == 1 or sizes[members].sum() <= budget
         assert step.loss_tokens == sum(loss_positions(int(sizes[row]), skip) for row in members)
         for batch in step.micro_batches:
-            assert len(batch) == 1 or len(batch) * sizes[list(batch)].max() <= micro
+            assert len(batch) == 1 or sizes[list(batch)].sum() <= micro
 
 
 @settings(deadline=None)
@@ -51,8 +50,22 @@ def test_epochs_and_seeds_differ_and_repeat():
     assert first != plan_epoch(sizes, 0, 1, 0, 100, 100)
 
 
-def test_collate_pads_on_the_right_and_masks_what_predicts_nothing():
+def test_collate_packs_samples_one_behind_the_other():
     tokens = Tokens(np.arange(2), np.array([0, 4, 6]), np.array([7, 8, 9, 10, 5, 6], dtype=np.int32), skip=1)
-    batch = collate(tokens, (0, 1), torch.device("cpu"))
-    assert batch.ids_BT.tolist() == [[7, 8, 9, 10], [5, 6, 0, 0]]
-    assert batch.mask_BT.tolist() == [[False, True, True, False], [False, False, False, False]]
+    batch = collate(tokens, (1, 0))
+    assert batch.ids_T.tolist() == [5, 6, 7, 8, 9, 10]
+    assert batch.positions_T.tolist() == [0, 1, 0, 1, 2, 3]
+    assert batch.bounds == (0, 2, 6)
+    assert batch.loss_N.tolist() == [3, 4]  # of the second sample, without its first and its last position
+    assert batch.next_N.tolist() == [9, 10]
+    assert len(batch.without_loss().loss_N) == 0
+
+
+def test_packing_leaves_little_room_unused():
+    """Lengths as hybrid sampling makes them: most samples reach the limit, the others end anywhere before it."""
+    random = np.random.default_rng(0)
+    lengths = np.where(random.random(4000) < 0.8, 512, random.integers(8, 512, 4000))
+    plan = plan_epoch(lengths, 0, 0, 0, 65536, 4096)
+    assert idle_share(plan, lengths, 4096) < 0.02
+    padded = sum(len(rows) * lengths[list(rows)].max() for step in plan for rows in step.micro_batches)
+    assert lengths.sum() < 0.95 * padded  # what padding each micro-batch to its longest sample would have cost

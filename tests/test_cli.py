@@ -232,3 +232,38 @@ def test_missing_tensors_are_not_replaced_by_random_ones(tiny: Path, tmp_path: P
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=f"1 tensors are missing or misshapen, first: {name}"):
         load_model(ModelInput(path=str(model), digest=""), "float32")
+
+
+def test_the_kinds_of_teacher_are_compared_before_anything_is_made(
+    tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    recipe = write_recipe(tmp_path, recipe_for(tiny, data))
+    runs = tmp_path / "runs"
+    assert invoke(monkeypatch, "cache", str(recipe), "--runs-dir", str(runs), "--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "1,920 tokens (at most: the corpus is not there yet)" in lines[0]
+    kinds = {line[2:].split()[0]: line for line in lines[2:5]}
+    assert list(kinds) == ["online", "hidden_states", "sparse_logits"]
+    assert kinds["online"].startswith("* ")
+    assert " 128 " in kinds["hidden_states"]  # bytes a token: 64 hidden units in bfloat16
+    assert " 392 " in kinds["sparse_logits"]
+    assert not runs.exists()
+    assert invoke(monkeypatch, "cache", str(recipe), "--runs-dir", str(runs)) == 2
+    assert "its teacher is online" in capsys.readouterr().err
+
+
+def test_profile_names_where_the_time_goes(
+    tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    path = write_recipe(tmp_path, recipe_for(tiny, data))
+    runs = tmp_path / "runs"
+    assert invoke(monkeypatch, "train", str(path), "--runs-dir", str(runs), "--profile") == 2
+    assert "--profile: needs degrade, generate, contexts, not finished" in capfd.readouterr().err
+    for stage in ("degrade", "generate"):
+        assert invoke(monkeypatch, stage, str(path), "--runs-dir", str(runs)) == 0
+    assert invoke(monkeypatch, "train", str(path), "--runs-dir", str(runs), "--profile") == 0
+    table = (runs / "tiny" / "profile" / "profile.txt").read_text()
+    for phase in ("data", "teacher", "student", "loss", "backward", "optimizer", "aten::"):
+        assert phase in table
+    assert json.loads((runs / "tiny" / "profile" / "trace.json").read_text())["traceEvents"]
+    assert not list((runs / "artifacts").glob("train-*"))

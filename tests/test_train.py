@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from recovery.checkpoint import load_checkpoint, save_checkpoint
 from recovery.config import Train
 from recovery.errors import UserError
 from recovery.stage import build
-from recovery.train import advice, learning_rate
+from recovery.train import advice, learning_rates
 from tests.pipeline import job_of, make_benchmarks, run_in_process, tiny_recipe
 
 SHORT = {"epochs": 2, "checkpoint_every": 5, "evaluate_every": 6}
@@ -44,10 +45,10 @@ def train_with(
     job = job.model_copy(update={"dtype": dtype})
     real = recovery.train.train_step
 
-    def step(run: recovery.train.Run, number: int) -> dict[str, float]:
+    def step(run: recovery.train.Run, number: int, feed: Iterator[Any]) -> None:
         if number == stop_after:
             raise Killed
-        return real(run, number)
+        real(run, number, feed)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recovery.train, "train_step", step)
@@ -137,10 +138,18 @@ def make_other(folder: Path) -> Path:
 
 
 def test_schedule_warms_up_and_decays_linearly():
-    train = Train(learning_rate=1.0, warmup_steps=4)
-    rates = [learning_rate(step, 12, train) for step in range(12)]
+    rates = learning_rates([100] * 12, Train(learning_rate=1.0, warmup_steps=4))
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4:] == pytest.approx([1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
+
+
+def test_schedule_counts_tokens():
+    """At the same token the same rate, whatever the size of the steps."""
+    train = Train(learning_rate=1.0, warmup_tokens=400)
+    small, large = learning_rates([100] * 12, train), learning_rates([200] * 6, train)
+    assert large[:2] == [small[1], small[3]] == [0.5, 1.0]
+    assert large[2:] == small[4::2]
+    assert learning_rates([100] * 3, train) == [1 / 3, 2 / 3, 1.0]  # a warm-up longer than the run
 
 
 def test_advice_names_rising_and_stagnating_kl():

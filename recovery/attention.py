@@ -1,0 +1,99 @@
+"""Attention over packed samples: many samples in one row of tokens, each looking at itself alone.
+
+Registered with transformers under its own name, so any architecture that takes its attention from the
+AttentionInterface runs packed batches. Every sample's causal attention is computed by itself: the work is that of the
+samples, not of a (tokens x tokens) mask, and torch's fused kernel of the device does it.
+
+B = 1, Q query heads, K key heads, T tokens of all samples, L of one, D head width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAME = "recover_lora_packed"
+
+
+def packed_attention(
+    _module: Any,
+    query_BQTD: Tensor,
+    key_BKTD: Tensor,
+    value_BKTD: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    bounds: tuple[int, ...],
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """(B, T, Q, D). bounds: where each sample begins, and the end: (0, ..., T)."""
+    assert attention_mask is None, "samples are kept apart by their bounds, not by a mask"
+    assert dropout == 0, "attention dropout is not there"
+    assert s_aux is None, "attention sinks are not there"
+    groups = query_BQTD.shape[1] // key_BKTD.shape[1]
+    parts = []
+    for first, end in itertools.pairwise(bounds):
+        # Repeated a sample at a time: CPUs have no fused kernel for grouped heads.
+        key, value = (x[:, :, first:end].repeat_interleave(groups, dim=1) for x in (key_BKTD, value_BKTD))
+        query, window = query_BQTD[:, :, first:end], _window(end - first, sliding_window, query_BQTD.device)
+        if softcap is not None:
+            parts.append(_capped(query, key, value, scaling, softcap, window))
+        else:
+            parts.append(
+                torch.nn.functional.scaled_dot_product_attention(
+                    query, key, value, attn_mask=window, is_causal=window is None, scale=scaling
+                )
+            )
+    whole_BQTD = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return whole_BQTD.transpose(1, 2).contiguous(), None
+
+
+def _window(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
+    """(L, L) bool, causal and no further back than the window; None where causal says it all."""
+    if sliding_window is None or length <= sliding_window:
+        return None
+    place_L = torch.arange(length, device=device)
+    distance_LL = place_L[:, None] - place_L[None, :]
+    return (distance_LL >= 0) & (distance_LL < sliding_window)
+
+
+def _capped(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, softcap: float, window: Tensor | None
+) -> Tensor:
+    """Attention with soft-capped scores (Gemma2), which no fused kernel has."""
+    length = query.shape[2]
+    scores_BQLL = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores_BQLL = torch.tanh(scores_BQLL / softcap) * softcap
+    if window is None:
+        window = torch.ones(length, length, dtype=torch.bool, device=query.device).tril_()
+    scores_BQLL = scores_BQLL.masked_fill(~window, -torch.inf)
+    return torch.softmax(scores_BQLL, dim=-1, dtype=torch.float32).to(query.dtype) @ value
+
+
+def use_packed_attention(model: Any) -> str:
+    """Switch a transformers model to packed attention; returns the name of the attention it had."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, packed_attention)
+    before = str(model.config._attn_implementation)
+    model.set_attn_implementation(NAME)
+    return before
+
+
+@contextlib.contextmanager
+def packed(model: Any) -> Iterator[None]:
+    """Packed attention for a while."""
+    before = use_packed_attention(model)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
