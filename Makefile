@@ -11,6 +11,9 @@ STAMP := $(VENV)/.installed
 # vLLM's own environment, as it wants another transformers; on a cluster its container takes this place.
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
+# The opponents of the benchmarks.
+PEERS_VENV := .venv-peers
+PEERS_STAMP := $(PEERS_VENV)/.installed
 # Imported once at the end of the installation, which byte-compiles what is used: sooner done and 0.5 GB smaller
 # than letting pip compile everything there is.
 USED := torch, deepspeed, peft, datasets, mlflow, matplotlib.pyplot, scipy.stats, lm_eval.models.huggingface, \
@@ -18,8 +21,8 @@ USED := torch, deepspeed, peft, datasets, mlflow, matplotlib.pyplot, scipy.stats
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install install-vllm assets demo demo-vllm lint format test test-vllm bench bench-client bench-generate \
-        clean clean-venv clean-assets clean-runs
+.PHONY: help install install-vllm install-peers assets demo demo-vllm lint format test test-vllm bench bench-client \
+        bench-generate bench-loss bench-step clean clean-venv clean-assets clean-runs
 # Where it is set, every start would compile those libraries anew (20 s).
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -55,6 +58,19 @@ $(VLLM_STAMP): requirements/vllm.txt
 	    > $(VLLM_VENV)/imports.log 2>&1 || { cat $(VLLM_VENV)/imports.log; exit 1; }
 	@touch $@
 
+install-peers: $(PEERS_STAMP) ## make .venv-peers with the libraries that the benchmarks compare with
+
+$(PEERS_STAMP): requirements/peers.txt requirements/peers-alone.txt
+	@test -x $(PEERS_VENV)/bin/pip || $(PYTHON) -m venv $(PEERS_VENV)
+	@echo "installing the peers into $(PEERS_VENV) (2 to 4 minutes)"
+	@$(PEERS_VENV)/bin/python -m pip install -qq --disable-pip-version-check pip==$(PIP_VERSION)
+	@$(PEERS_VENV)/bin/python -m pip install --disable-pip-version-check --no-compile \
+	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/peers.txt
+	@# Their own requirements name CUDA packages that a loss on a CPU does not need.
+	@$(PEERS_VENV)/bin/python -m pip install --disable-pip-version-check --no-compile --no-deps \
+	    -r requirements/peers-alone.txt
+	@touch $@
+
 assets: install ## fetch the small public model and the benchmark sets into assets/
 	@$(BIN)/python -m launch.assets
 
@@ -79,7 +95,7 @@ test: install assets lint ## lint, types and all tests, the real model included
 test-vllm: install install-vllm assets ## the server pool and the logits processor on a real vLLM: 10 minutes
 	@$(BIN)/python -m pytest -m vllm
 
-bench: bench-client bench-generate ## every measurement; rows in runs/bench/summary.json
+bench: bench-client bench-generate bench-loss bench-step ## every measurement; rows in runs/bench/summary.json
 
 bench-client: install assets ## the pool's client against 64 fake servers with faults
 	@$(BIN)/python -m tests.benchmarks.client
@@ -87,12 +103,18 @@ bench-client: install assets ## the pool's client against 64 fake servers with f
 bench-generate: install install-vllm assets ## bulk generation on a real vLLM, beside its own benchmark and other samplers
 	@$(BIN)/python -m tests.benchmarks.generation
 
+bench-loss: install-peers ## the loss beside its peers: processor time, memory, gradient error
+	@OMP_WAIT_POLICY=PASSIVE $(PEERS_VENV)/bin/python -m tests.benchmarks.loss
+
+bench-step: install install-peers assets ## the training step beside its peers, and the cached teachers
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.benchmarks.step
+
 clean: ## remove caches
 	rm -rf .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
 
-clean-venv: ## remove .venv and .venv-vllm
-	rm -rf $(VENV) $(VLLM_VENV)
+clean-venv: ## remove .venv, .venv-vllm and .venv-peers
+	rm -rf $(VENV) $(VLLM_VENV) $(PEERS_VENV)
 
 clean-assets: ## remove assets/
 	rm -rf assets
