@@ -158,7 +158,7 @@ def transformers_rates(new_tokens: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=SEQUENCES)
-    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "runs" / "bench" / "generation")
     given = parser.parse_args()

@@ -1,6 +1,6 @@
 """The distillation loss beside its peers: processor time, peak memory, and the gradient's error in bf16.
 
-    make bench-loss              # about 10 minutes on two cores
+    make bench-loss              # about 7 minutes on two cores
 
 Runs in the peers' environment (`make install-peers`), all contenders in one process, on the same inputs, in turns;
 medians count. Inputs are states and heads of random numbers: no loss here is faster on other numbers.
@@ -231,7 +231,7 @@ def one(hidden: int, vocabulary: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--one", type=int, nargs=2, metavar=("HIDDEN", "VOCABULARY"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:

@@ -101,6 +101,7 @@ def trl_trainer(setup: dict[str, Any], batch_size: int) -> Step:
     )
     model = trainer.model
     model.train()
+    trainer.current_gradient_accumulation_steps = 1  # what trainer.train() would set
     optimizer = trainer.create_optimizer()
     trainable = [p for p in model.parameters() if p.requires_grad]
 
