@@ -126,7 +126,9 @@ def check_models(recipe: Recipe, names: Names) -> None:
     model = faults.attempt(lambda: skeleton(student.path, student.revision))
     if model is not None:
         patterns = patterns_of(recipe.adapter.placement)
-        faults.attempt(lambda: check_rank(model, select(model, patterns, "adapter.placement"), recipe.adapter.rank))
+        faults.attempt(
+            lambda: check_rank(model, select(model, patterns, "adapter.placement", head=True), recipe.adapter.rank)
+        )
         if (damage := recipe.degrade) is not None:
             faults.attempt(lambda: select(model, damage.modules, "degrade.modules"))
     faults.stop_if_any()

@@ -22,7 +22,7 @@ def add_adapter(model: Any, adapter: Adapter, seed: int) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
-    names = select(model, patterns_of(adapter.placement), "adapter.placement")
+    names = select(model, patterns_of(adapter.placement), "adapter.placement", head=True)
     check_rank(model, names, adapter.rank)
     config = LoraConfig(
         r=adapter.rank,

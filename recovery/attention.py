@@ -39,18 +39,17 @@ def packed_attention(
     assert attention_mask is None, "samples are kept apart by their bounds, not by a mask"
     assert dropout == 0, "attention dropout is not there"
     assert s_aux is None, "attention sinks are not there"
-    groups = query_BQTD.shape[1] // key_BKTD.shape[1]
+    grouped = query_BQTD.shape[1] != key_BKTD.shape[1]
     parts = []
     for first, end in itertools.pairwise(bounds):
-        # Repeated a sample at a time: CPUs have no fused kernel for grouped heads.
-        key, value = (x[:, :, first:end].repeat_interleave(groups, dim=1) for x in (key_BKTD, value_BKTD))
-        query, window = query_BQTD[:, :, first:end], _window(end - first, sliding_window, query_BQTD.device)
+        query, key, value = (x[:, :, first:end] for x in (query_BQTD, key_BKTD, value_BKTD))
+        window = _window(end - first, sliding_window, query_BQTD.device)
         if softcap is not None:
             parts.append(_capped(query, key, value, scaling, softcap, window))
         else:
             parts.append(
                 torch.nn.functional.scaled_dot_product_attention(
-                    query, key, value, attn_mask=window, is_causal=window is None, scale=scaling
+                    query, key, value, attn_mask=window, is_causal=window is None, scale=scaling, enable_gqa=grouped
                 )
             )
     whole_BQTD = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
@@ -70,7 +69,8 @@ def _capped(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, softcap: float, window: Tensor | None
 ) -> Tensor:
     """Attention with soft-capped scores (Gemma2), which no fused kernel has."""
-    length = query.shape[2]
+    length, groups = query.shape[2], query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     scores_BQLL = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores_BQLL = torch.tanh(scores_BQLL / softcap) * softcap
     if window is None:

@@ -71,7 +71,8 @@ Placement = Literal["kv", "attention", "attention_mlp"]
 
 class Adapter(Config):
     placement: Placement | tuple[str, ...] = "kv"
-    """Where the adapters sit: kv, attention, attention_mlp, or a list of last parts of module names."""
+    """Where the adapters sit: kv, attention, attention_mlp, or a list of last parts of module names (lm_head too, where
+    it is not tied to the input embeddings)."""
     rank: PositiveInt = 64
     alpha: PositiveInt | None = None
     """LoRA alpha; equal to the rank unless given, so that B A is applied at scale 1."""

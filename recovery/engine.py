@@ -23,7 +23,7 @@ from recovery.config import Loss, TrainJob
 from recovery.deepspeed_config import complete
 from recovery.head import Head
 from recovery.loss import distill, distill_trainable
-from recovery.models import causal_lm, final_hidden, head_of
+from recovery.models import causal_lm, final_hidden, head_of, logit_form
 from recovery.targets import DenseTargets, Targets
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -68,10 +68,16 @@ class Student(nn.Module):
         with record_function("loss"):
             if self.trainable_head:
                 assert isinstance(targets, DenseTargets), "a trainable head needs dense targets"
-                logits_of = causal_lm(self.adapted).get_output_embeddings()
-                return distill_trainable(hidden_NH, logits_of, targets, loss, batch.next_N)
+                return distill_trainable(hidden_NH, self._logits, targets, loss, batch.next_N)
             with self.whole_head() as head:
                 return distill(hidden_NH, head, targets, loss, batch.next_N)
+
+    def _logits(self, hidden_TH: Tensor) -> Tensor:
+        """Through the head's own forward, so that autograd and ZeRO see it."""
+        logits_TV = causal_lm(self.adapted).get_output_embeddings()(hidden_TH)
+        scale, softcap = logit_form(self.adapted)
+        logits_TV = logits_TV * scale
+        return logits_TV if softcap is None else softcap * torch.tanh(logits_TV / softcap)
 
     @property
     def trainable_head(self) -> bool:
@@ -84,11 +90,11 @@ class Student(nn.Module):
 
         Enter it after the forward that makes the hidden states: a tied embedding is released by that forward.
         """
-        weight = causal_lm(self.adapted).get_output_embeddings().weight
-        if hasattr(weight, "ds_id") and weight.numel() == 0:
+        parameters = list(causal_lm(self.adapted).get_output_embeddings().parameters())
+        if any(hasattr(parameter, "ds_id") and parameter.numel() == 0 for parameter in parameters):
             import deepspeed
 
-            with deepspeed.zero.GatheredParameters([weight]):
+            with deepspeed.zero.GatheredParameters(parameters):
                 yield head_of(self.adapted, self.width)
         else:
             yield head_of(self.adapted, self.width)

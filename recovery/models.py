@@ -17,6 +17,7 @@ from recovery.attention import use_packed_attention
 from recovery.batches import Batch, collate
 from recovery.config import Dtype, ModelInput
 from recovery.corpus import Tokens
+from recovery.environment import return_memory
 from recovery.errors import UserError
 from recovery.head import Head
 
@@ -82,7 +83,9 @@ def load_model(given: ModelInput, dtype: Dtype | None, *, placed: bool = True) -
             "export the model again: random weights in their place could not be repaired by an adapter",
         )
     model.eval().requires_grad_(False)
-    return model.to(device()) if placed else model
+    model = model.to(device()) if placed else model
+    return_memory()
+    return model
 
 
 def share_equal(model: Any, other: Any) -> int:
@@ -97,6 +100,7 @@ def share_equal(model: Any, other: Any) -> int:
         if twin is not None and twin.dtype == parameter.dtype and torch.equal(twin, parameter):
             parameter.data = twin.data
             shared += parameter.nbytes
+    return_memory()
     return shared
 
 
@@ -109,16 +113,20 @@ def head_of(model: Any, width: int) -> Head:
     """The model's head, cut to the first `width` logits."""
     base = causal_lm(model)
     linear = cast(nn.Linear, base.get_output_embeddings())
-    config = base.config.get_text_config()
+    bias = getattr(linear, "bias", None)
+    weight_VH = linear.weight.detach()
+    if hasattr(linear, "get_delta_weight"):  # an adapter of PEFT's sits on it
+        adapted: Any = linear
+        weight_VH = weight_VH + sum(adapted.get_delta_weight(name).detach() for name in adapted.active_adapters)
+    return Head(weight_VH[:width], None if bias is None else bias.detach()[:width], *logit_form(model))
+
+
+def logit_form(model: Any) -> tuple[float, float | None]:
+    """(factor, soft cap) of what the head gives."""
+    config = causal_lm(model).config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides
-    bias = getattr(linear, "bias", None)
-    return Head(
-        linear.weight.detach()[:width],
-        None if bias is None else bias.detach()[:width],
-        scale,
-        getattr(config, "final_logit_softcapping", None),
-    )
+    return scale, getattr(config, "final_logit_softcapping", None)
 
 
 def final_hidden(model: Any, batch: Batch) -> Tensor:

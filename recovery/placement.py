@@ -15,13 +15,16 @@ PLACEMENTS: dict[Placement, tuple[str, ...]] = {
 }
 
 
-def linear_modules(model: Any) -> dict[str, Any]:
-    """All `nn.Linear` modules by full name, without the output head."""
+def linear_modules(model: Any, *, head: bool = False) -> dict[str, Any]:
+    """All `nn.Linear` modules by full name. head: the output head too, where it has weights of its own."""
     from torch import nn
 
-    head = model.get_output_embeddings()
+    output = model.get_output_embeddings()
+    tied = output.weight is model.get_input_embeddings().weight
     return {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (module is not output or (head and not tied))
     }
 
 
@@ -39,12 +42,12 @@ def skeleton(path: str, revision: str | None) -> Any:
         raise UserError(path, f"not a causal language model that transformers knows ({first})", "give one") from error
 
 
-def select(model: Any, patterns: Sequence[str], where: str) -> list[str]:
-    """Full names of the linear modules whose last name parts match, in the model's order.
+def select(model: Any, patterns: Sequence[str], where: str, *, head: bool = False) -> list[str]:
+    """Full names of the linear modules whose last name parts match, in the model's order. head: as linear_modules.
 
     Raises UserError listing what there was for a pattern that matches nothing.
     """
-    names = list(linear_modules(model))
+    names = list(linear_modules(model, head=head))
     chosen = {
         pattern: [name for name in names if name == pattern or name.endswith(f".{pattern}")] for pattern in patterns
     }

@@ -102,6 +102,26 @@ def test_zero_stages_and_micro_batches_give_the_same_losses(prepared: tuple[Path
         assert [loss for _, loss, _ in other] == pytest.approx([loss for _, loss, _ in runs[0]], rel=1e-3)
 
 
+@pytest.mark.parametrize("zero", ["zero1", "zero3"])
+def test_a_head_that_learns_is_trained_and_measured(models: dict[str, Path], tmp_path: Path, zero: str):
+    """OLMo's head is its own, so an adapter may sit there; the loss then goes through autograd."""
+    data = make_benchmarks(tmp_path / "data")
+    changes = {"adapter": {"placement": ["k_proj", "v_proj", "lm_head"]}, "train": {"epochs": 6, "deepspeed": zero}}
+    done = run_in_process(tiny_recipe(models["olmo"], data, **changes), tmp_path / "runs")
+    summary = json.loads((done["report"] / "summary.json").read_text())
+    assert summary["kl"]["recovery"] > 0.3
+    while_training = json.loads((done["train"] / "held_out.jsonl").read_text().splitlines()[-2])
+    assert while_training["split"] == "held_out"
+    # What training measured through the adapted head is what plain PEFT loading scores.
+    assert while_training["kl"] == pytest.approx(summary["kl"]["recovered"], rel=1e-3)
+
+
+def test_an_adapter_on_a_tied_head_is_refused(models: dict[str, Path], tmp_path: Path):
+    data = make_benchmarks(tmp_path / "data")
+    with pytest.raises(UserError, match="no linear module is named lm_head"):
+        run_in_process(tiny_recipe(models["llama"], data, adapter={"placement": ["lm_head"]}), tmp_path / "runs")
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path):
     import torch
 
