@@ -45,6 +45,11 @@ from recovery.targets import DenseTargets, SparseTargets
 from recovery.teacher_signal import hash_row
 
 BLOCK_BYTES = 1 << 28
+"""Most of a block."""
+BLOCKS = 64
+"""Blocks of a split that is large enough for them, so that as many ranks have work."""
+SMALL_BYTES = 1 << 14
+"""A split is not cut into smaller blocks than this."""
 OPEN_BLOCKS = 64
 HIDDEN = ("hidden",)
 SPARSE = ("top_ids", "top_logprobs", "tail_ids", "tail_logprobs", "tail_weight", "rest")
@@ -58,12 +63,14 @@ def bytes_per_token(teacher: HiddenStatesTeacher | SparseLogitsTeacher, hidden_w
 
 
 def blocks_of(tokens: Tokens, token_bytes: int) -> list[range]:
-    """Row positions of each block: as many as come closest to BLOCK_BYTES from below, at least one."""
+    """Row positions of each block: at least one row, else as many as fit a size that the corpus alone decides."""
+    total = sum(loss_positions(length, tokens.skip) for length in tokens.lengths.tolist()) * token_bytes
+    limit = min(BLOCK_BYTES, max(total // BLOCKS, SMALL_BYTES))
     blocks: list[range] = []
     first, size = 0, 0
     for row, length in enumerate(tokens.lengths.tolist()):
         own = loss_positions(length, tokens.skip) * token_bytes
-        if row > first and size + own > BLOCK_BYTES:
+        if row > first and size + own > limit:
             blocks.append(range(first, row))
             first, size = row, 0
         size += own

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,13 @@ import recovery.teacher_cache
 import recovery.train
 from launch.estimate import Size, costs
 from recovery.config import HiddenStatesTeacher
-from recovery.corpus import Tokens, read_split
+from recovery.corpus import Sample, Tokens, read_split, write_shard
 from recovery.errors import DamagedArtifact
+from recovery.files import write_json
 from recovery.stage import build
 from recovery.teacher_cache import HIDDEN, Blocks, blocks_of, bytes_per_token, write_block
-from recovery.teacher_signal import TopLogprobs
+from recovery.teacher_signal import TopLogprobs, signal_path, write_signal
+from tests.conftest import REPOSITORY
 from tests.pipeline import job_of, make_benchmarks, run_in_process, tiny_recipe
 
 SHORT = {"epochs": 2, "checkpoint_every": 5, "evaluate_every": 6}
@@ -135,6 +140,21 @@ def test_ranks_and_kills_make_the_same_files(
     assert [(shared / path.parent.name / path.name).stat().st_mtime_ns for path in written] == kept
 
 
+def test_two_real_ranks_make_the_files_of_one(prepared: tuple[Path, Path, Path], tmp_path: Path):
+    whole = make_cache(prepared, tmp_path / "a", SPARSE)
+    model, data, _ = prepared
+    job = job_of(tiny_recipe(model, data, teacher=SPARSE, train=SHORT), runs_of(prepared, tmp_path / "b"), "cache")
+    file = tmp_path / "job.json"
+    file.write_text(job.to_json())
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--module", "recovery.cache"]
+    subprocess.run([sys.executable, *torchrun, str(file)], check=True, timeout=240, cwd=REPOSITORY)
+    shared = job.runtime.output
+    assert len(list((whole / "train").glob("block-*"))) > 10  # both ranks had work
+    for path in sorted(whole.rglob("*.safetensors")):
+        assert (shared / path.relative_to(whole)).read_bytes() == path.read_bytes()
+    assert json.loads((shared / "manifest.json").read_text())["details"]["ranks"] == 2
+
+
 def test_a_damaged_row_is_named_and_never_used(prepared: tuple[Path, Path, Path], tmp_path: Path):
     folder = make_cache(prepared, tmp_path / "a", HIDDEN_STATES)
     tokens = read_split(Path(json.loads((folder / "manifest.json").read_text())["inputs"]["corpus"]["path"]), "train")
@@ -186,6 +206,36 @@ def test_captured_signals_count_draws_outside_the_top_and_mark_the_rest_as_biase
     assert found["tail_ids"][3].tolist() == [13]
     assert found["rest"].tolist() == pytest.approx([0.3] * 4, rel=1e-5)
     assert {tensor.shape[0] for tensor in found.values()} == {4}
+
+
+def test_captured_signals_are_read_from_the_shards_of_their_corpus(tmp_path: Path):
+    random, rows, samples = np.random.default_rng(0), {}, {}
+    for shard, members in enumerate(([0, 1, 2], [3, 4])):
+        for index in members:
+            length = int(random.integers(3, 9))
+            rows[index] = random.integers(0, 50, length).astype(np.int32)
+            k_ids = np.argsort(random.random((length - 1, 50)), axis=1)[:, :4].astype(np.int32)
+            logprobs = np.log(np.full((length - 1, 4), 0.2, dtype=np.float32))
+            signal = TopLogprobs(
+                k_ids, logprobs, np.full(length - 1, -3.0, dtype=np.float32), np.ones(length - 1, dtype=bool)
+            )
+            samples[index] = Sample(index, index, int(rows[index][0]), "stop", rows[index], signal)
+        path = tmp_path / "train" / f"shard-{shard:05d}.parquet"
+        own = [samples[index] for index in members]
+        write_shard(path, own)
+        signals = [sample.signal for sample in own if sample.signal is not None]
+        write_signal(signal_path(path), members, [rows[index] for index in members], signals)
+    write_json(tmp_path / "summary.json", {"skip": 0})
+    tokens = read_split(tmp_path, "train")
+    compute = recovery.cache.captured_compute(tmp_path)
+    together = compute(tokens, [4, 0, 2])
+    signals = {index: sample.signal for index, sample in samples.items() if sample.signal is not None}
+    expected = recovery.cache.captured(signals, tokens, [4, 0, 2])
+    assert all(torch.equal(together[name], expected[name]) for name in expected)
+    # A corpus whose tokens changed after the capture is refused by row.
+    write_shard(tmp_path / "train" / "shard-00001.parquet", [replace(samples[n], tokens=rows[n] + 1) for n in (3, 4)])
+    with pytest.raises(DamagedArtifact, match="row 3 has other tokens"):
+        recovery.cache.captured_compute(tmp_path)(read_split(tmp_path, "train"), [3])
 
 
 def test_blocks_and_bytes():
