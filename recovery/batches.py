@@ -10,7 +10,8 @@ apart): T tokens of S samples, N of them with loss.
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -52,20 +53,19 @@ class Batch:
     """int64: the ids that follow there."""
 
     def to(self, device: torch.device) -> Batch:
-        ids_T, positions_T, loss_N, next_N = (
-            tensor.to(device, non_blocking=True) for tensor in (self.ids_T, self.positions_T, self.loss_N, self.next_N)
-        )
-        return Batch(self.rows, ids_T, positions_T, self.bounds, loss_N, next_N)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> Batch:
         """In page-locked memory, from which a GPU copies without the host waiting."""
-        tensors = (tensor.pin_memory() for tensor in (self.ids_T, self.positions_T, self.loss_N, self.next_N))
-        ids_T, positions_T, loss_N, next_N = tensors
-        return Batch(self.rows, ids_T, positions_T, self.bounds, loss_N, next_N)
+        return self._each(Tensor.pin_memory)
 
     def without_loss(self) -> Batch:
         """The same forward pass, of which nothing is learned."""
-        return Batch(self.rows, self.ids_T, self.positions_T, self.bounds, self.loss_N[:0], self.next_N[:0])
+        return replace(self, loss_N=self.loss_N[:0], next_N=self.next_N[:0])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        names = ("ids_T", "positions_T", "loss_N", "next_N")
+        return replace(self, **{name: change(getattr(self, name)) for name in names})
 
 
 def plan_epoch(

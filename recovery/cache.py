@@ -114,16 +114,17 @@ def captured(signals: dict[int, TopLogprobs], tokens: Tokens, rows: Sequence[int
     for row in rows:
         signal = signals[int(tokens.index[row])]
         count = loss_positions(int(tokens.lengths[row]), tokens.skip)
-        emitted = tokens.row(row)[-count:] if count else tokens.row(row)[:0]
-        inside = (signal.ids[-count:] == emitted[:, None]).any(-1) if count else np.zeros(0, bool)
-        weight = (signal.drawn[-count:] & ~inside) if count else inside
+        # The loss positions predict the last `count` tokens of the row.
+        first = len(signal) - count
+        ids, emitted = signal.ids[first:], tokens.row(row)[len(tokens.row(row)) - count :]
+        inside = (ids == emitted[:, None]).any(-1)
         part = {
-            "top_ids": signal.ids[-count:] if count else signal.ids[:0],
-            "top_logprobs": (signal.logprobs[-count:] if count else signal.logprobs[:0]).astype(np.float16),
+            "top_ids": ids,
+            "top_logprobs": signal.logprobs[first:].astype(np.float16),
             "tail_ids": np.where(inside, 0, emitted)[:, None].astype(np.int32),
-            "tail_logprobs": (signal.emitted[-count:] if count else signal.emitted[:0])[:, None].astype(np.float16),
-            "tail_weight": weight.astype(np.float32),
-            "rest": signal.rest[-count:] if count else signal.rest[:0],
+            "tail_logprobs": signal.emitted[first:, None].astype(np.float16),
+            "tail_weight": (signal.drawn[first:] & ~inside).astype(np.float32),
+            "rest": signal.rest[first:],
         }
         parts.append({name: torch.from_numpy(np.array(array)) for name, array in part.items()})
     return _concatenated(parts)

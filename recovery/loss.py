@@ -99,13 +99,12 @@ def _chunk(
         assert isinstance(loss, ForwardKL), "sparse targets have forward KL only"
         assert loss.temperature == 1, "sparse targets have no temperature"
         total += (1 - mixed) * _sparse(student_TV, targets)
-        gradient_TV = student_TV
     else:
         teacher_TV = targets.head.logits(targets.hidden_NG, buffers[1])
         for rows in _blocks(len(student_TV), student_TV.shape[1], student_TV.is_cuda):
             value = _dense(student_TV[rows], teacher_TV[rows], loss)
             total += value * ((1 - mixed) * loss.temperature**2)
-        gradient_TV = student_TV
+    gradient_TV = student_TV  # either left it there
     if loss.temperature != 1:
         gradient_TV *= loss.temperature
     if hard_TV is not None:

@@ -5,6 +5,7 @@ N tokens, G the teacher's hidden width, K entries of the largest probabilities, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -49,6 +50,19 @@ class SparseTargets:
     """float32, nats"""
     tail_weights_NM: Tensor
     """float32"""
+
+    @classmethod
+    def of(cls, signal: Mapping[str, Tensor]) -> SparseTargets:
+        """From the tensors of a cache (recovery.teacher_cache), by name."""
+        tail_ids_NM = signal["tail_ids"].long()
+        return cls(
+            signal["top_ids"].long(),
+            signal["top_logprobs"].float(),
+            signal["rest"],
+            tail_ids_NM,
+            signal["tail_logprobs"].float(),
+            signal["tail_weight"][:, None].expand_as(tail_ids_NM),
+        )
 
     def __len__(self) -> int:
         return len(self.rest_N)

@@ -226,13 +226,5 @@ class CachedSparseLogits:
 
     def targets(self, batch: Batch, fetched: tuple[Tensor, ...]) -> SparseTargets:
         device = batch.loss_N.device
-        here = (tensor[: len(batch.loss_N)].to(device, non_blocking=True) for tensor in fetched)
-        top_ids, top_logprobs, tail_ids, tail_logprobs, tail_weight, rest = here
-        return SparseTargets(
-            top_ids.long(),
-            top_logprobs.float(),
-            rest,
-            tail_ids.long(),
-            tail_logprobs.float(),
-            tail_weight[:, None].expand(-1, tail_ids.shape[1]),
-        )
+        here = [tensor[: len(batch.loss_N)].to(device, non_blocking=True) for tensor in fetched]
+        return SparseTargets.of(dict(zip(SPARSE, here, strict=True)))

@@ -250,14 +250,7 @@ def test_a_gradient_split_in_two_keeps_sixteen_bits():
 def sparse_targets(reference: Tensor, head: Head, top: int, draws: int, seed: int) -> SparseTargets:
     uniform = torch.rand(len(reference), draws, generator=torch.Generator().manual_seed(seed))
     signal = draw(head.logits(reference), top, uniform)
-    return SparseTargets(
-        signal["top_ids"].long(),
-        signal["top_logprobs"].float(),
-        signal["rest"],
-        signal["tail_ids"].long(),
-        signal["tail_logprobs"].float(),
-        signal["tail_weight"][:, None].expand(-1, draws),
-    )
+    return SparseTargets.of(signal)
 
 
 def value_and_gradient(hidden: Tensor, head: Head, targets: Any) -> tuple[Tensor, Tensor]:

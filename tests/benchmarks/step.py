@@ -96,8 +96,10 @@ def prepare() -> Setup:
     samples = [[tokens.row(row).tolist() for row in own] for own in rows]
     share = idle_share(plan, tokens.lengths, recipe.train.micro_batch_tokens)
     print(f"{len(tokens)} samples of {int(tokens.lengths.min())} to {int(tokens.lengths.max())} tokens")
-    print(f"padding: none; {share:.1%} of the micro-batches' room is unused")
-    append_row("step: padding share, packed", 0.0, "share of computed positions", better="lower", goal=0.02)
+    positions = sum(len(collate(tokens, group).ids_T) for step in plan for group in step.micro_batches)
+    padding = 1 - int(tokens.lengths.sum()) / positions
+    print(f"padding: {padding:.1%}; {share:.1%} of the micro-batches' room is unused")
+    append_row("step: padding share, packed", padding, "share of computed positions", better="lower", goal=0.02)
     return Setup(jobs, recipe, plan, samples)
 
 
@@ -306,15 +308,7 @@ def _drawn(dense: DenseTargets, generator: torch.Generator) -> SparseTargets:
         draw(dense.head.logits(hidden), 48, torch.rand(len(hidden), 16, generator=generator))
         for hidden in dense.hidden_NG.split(128)
     ]
-    signal = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return SparseTargets(
-        signal["top_ids"].long(),
-        signal["top_logprobs"].float(),
-        signal["rest"],
-        signal["tail_ids"].long(),
-        signal["tail_logprobs"].float(),
-        signal["tail_weight"][:, None].expand(-1, 16),
-    )
+    return SparseTargets.of({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 def main() -> None:
