@@ -25,12 +25,10 @@ class TeacherSignal(Protocol):
         ...
 
 
-class DenseTeacher(Protocol):
+class DenseTeacher(TeacherSignal, Protocol):
     """A signal of whole distributions; texts for measuring always have one."""
 
     head: Head
-
-    def fetch(self, rows: tuple[int, ...]) -> tuple[Tensor, ...]: ...
 
     def targets(self, batch: Batch, fetched: tuple[Tensor, ...]) -> DenseTargets: ...
 

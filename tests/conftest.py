@@ -100,6 +100,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: make_model(folder / kind, kind) for kind in ARCHITECTURES}
 
 
+@pytest.fixture(scope="session")
+def prepared(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """(model, data, runs folder with everything before cache and training); to be copied, not worked in."""
+    from tests.pipeline import make_benchmarks, run_in_process, tiny_recipe
+
+    folder = tmp_path_factory.mktemp("prepared")
+    data = make_benchmarks(folder / "data")
+    run_in_process(tiny_recipe(models["llama"], data), folder / "runs", until="contexts")
+    return models["llama"], data, folder / "runs"
+
+
 @pytest.fixture
 def tiny(models: dict[str, Path]) -> Path:
     return models["llama"]

@@ -26,20 +26,11 @@ from recovery.stage import build
 from recovery.teacher_cache import HIDDEN, Blocks, blocks_of, bytes_per_token, write_block
 from recovery.teacher_signal import TopLogprobs, signal_path, write_signal
 from tests.conftest import REPOSITORY
-from tests.pipeline import job_of, make_benchmarks, run_in_process, tiny_recipe
+from tests.pipeline import job_of, tiny_recipe
 
 SHORT = {"epochs": 2, "checkpoint_every": 5, "evaluate_every": 6}
 HIDDEN_STATES = {"kind": "hidden_states", "dtype": "float32"}
 SPARSE = {"kind": "sparse_logits", "top": 24, "tail": 8}
-
-
-@pytest.fixture(scope="module")
-def prepared(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """(model, data, runs folder with everything before the cache)."""
-    folder = tmp_path_factory.mktemp("cache")
-    data = make_benchmarks(folder / "data")
-    run_in_process(tiny_recipe(models["llama"], data), folder / "runs", until="contexts")
-    return models["llama"], data, folder / "runs"
 
 
 def runs_of(prepared: tuple[Path, Path, Path], runs: Path) -> Path:

@@ -25,15 +25,6 @@ class Killed(BaseException):
     """Stands for the end of the process: nothing may handle it."""
 
 
-@pytest.fixture(scope="module")
-def prepared(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """(model, data, runs folder with everything before training)."""
-    folder = tmp_path_factory.mktemp("train")
-    data = make_benchmarks(folder / "data")
-    run_in_process(tiny_recipe(models["llama"], data), folder / "runs", until="contexts")
-    return models["llama"], data, folder / "runs"
-
-
 def train_with(
     prepared: tuple[Path, Path, Path], runs: Path, stop_after: int | None, dtype: str = "float32", **train: Any
 ) -> Path:
