@@ -30,7 +30,7 @@ from recovery.head import Head
 from recovery.targets import DenseTargets, SparseTargets, Targets
 
 FORWARD_KL = ForwardKL()
-CHUNK_TOKENS = 256
+CHUNK_TOKENS = 192
 """Tokens of one chunk: fewer make matrix products slower (a fifth at 64), more only take memory."""
 CHUNK_ELEMENTS = 1 << 25
 """Most logits of one chunk: 128 MB of float32 for each model."""
@@ -235,7 +235,9 @@ def compare(hidden_NH: Tensor, head: Head, targets: DenseTargets, next_N: Tensor
 
 
 def _chunks(tokens: int, width: int) -> Iterator[slice]:
-    size = max(1, min(CHUNK_TOKENS, CHUNK_ELEMENTS // width))
+    """Row ranges as equal as can be, the largest first: a small rest would make slow products."""
+    most = max(1, min(CHUNK_TOKENS, CHUNK_ELEMENTS // width))
+    size = math.ceil(tokens / math.ceil(tokens / most)) if tokens else 1
     for first in range(0, tokens, size):
         yield slice(first, min(first + size, tokens))
 

@@ -19,6 +19,7 @@ from recovery.config import Dtype, ModelInput
 from recovery.corpus import Tokens
 from recovery.environment import return_memory
 from recovery.errors import UserError
+from recovery.gated import use_gated_products
 from recovery.head import Head
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -145,7 +146,7 @@ def final_hidden(model: Any, batch: Batch) -> Tensor:
 def check_training_path(model: Any, width: int, name: str) -> None:
     """Raise UserError unless head(final hidden states) of packed samples equals the model's own logits of each.
 
-    Leaves the model with packed attention.
+    Leaves the model with packed attention and gated products (recovery.attention, recovery.gated).
     """
     base = causal_lm(model)
     samples = [torch.arange(first, first + length) % width for first, length in ((0, 8), (3, 5), (7, 11))]
@@ -154,6 +155,7 @@ def check_training_path(model: Any, width: int, name: str) -> None:
     own = [base(input_ids=sample[None].to(base.device), use_cache=False).logits[0] for sample in samples]
     own_TV = torch.cat(own)[:, :width].float()
     use_packed_attention(base)
+    use_gated_products(base)
     batch = collate(tokens, (0, 1, 2)).to(base.device)
     try:
         ours_TV = head_of(model, width).logits(final_hidden(model, batch))

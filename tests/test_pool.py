@@ -122,7 +122,7 @@ def test_a_failed_sample_is_tried_on_another_server():
 
 
 def test_a_dead_server_is_set_aside_and_used_again_once_it_passes():
-    """It dies after it was admitted, fails two probes and passes the third; the other one waits for it at sample 300."""
+    """It dies once admitted, fails two probes and passes the third; at sample 300 the other one waits for it."""
     examined = 0
     back: asyncio.Event
 

@@ -1,7 +1,7 @@
 """Bulk generation on a real vLLM server: our client beside vLLM's own benchmark, hybrid beside plain sampling, and
 other ways to sample the same model.
 
-    make bench-generate          # about 20 minutes on two cores; --turns 1 for a short one
+    make bench-generate          # about 12 minutes on two cores; --turns 1 for a short one
 
 All on the same server, lengths and concurrency, in turns; the fastest turn counts for each, since a busy machine only
 ever makes one slower. vLLM's benchmark sends a seed with every request, as ours does: a server may sample seeded rows
@@ -158,8 +158,8 @@ def transformers_rates(new_tokens: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=SEQUENCES)
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "runs" / "bench" / "generation")
     given = parser.parse_args()
     shutil.rmtree(given.folder, ignore_errors=True)
