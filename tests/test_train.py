@@ -167,3 +167,11 @@ def test_advice_names_rising_and_stagnating_kl():
     assert advice([3.0, 2.0, 1.0]) is None
     assert "risen" in str(advice([1.0, 1.1, 1.2]))
     assert "stagnates" in str(advice([2.0, 1.0, 1.001, 0.999, 1.0]))
+
+
+def test_compiled_layers_give_the_same_losses(prepared: tuple[Path, Path, Path], tmp_path: Path):
+    plain = train_with(prepared, tmp_path / "plain", None, epochs=1)
+    compiled = train_with(prepared, tmp_path / "compiled", None, epochs=1, compile=True)
+    assert compiled != plain
+    for one, other in zip(losses(compiled), losses(plain), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
