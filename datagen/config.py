@@ -7,8 +7,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from recovery.config import Config, Dtype, Job, ModelInput, Runtime
+from recovery.config import Dtype, Job, ModelInput, Runtime
 from recovery.errors import UserError
+from recovery.settings import Config
 
 BosMode = Literal["auto", "always", "never"]
 Mode = Literal["one_request", "two_requests"]

@@ -9,7 +9,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
-from recovery.config import ArtifactInput, Config, Dtype, Job, LooseInput, ModelInput
+from recovery.config import ArtifactInput, Dtype, Job, LooseInput, ModelInput
+from recovery.settings import Config
 
 MMLU = ("mmlu_philosophy", "mmlu_management", "mmlu_astronomy")
 PAPER = ("hellaswag", *MMLU, "arc_challenge", "winogrande", "piqa", "openbookqa", "boolq")
@@ -109,7 +110,7 @@ class Scores(Config):
 
 class ReportJob(Job):
     stage: ClassVar[str] = "report"
-    schema_version: ClassVar[int] = 1
+    schema_version: ClassVar[int] = 2
     name: str
     seed: int
     bootstrap: PositiveInt
@@ -118,5 +119,7 @@ class ReportJob(Job):
     adapter: ArtifactInput
     scores: Scores
     contexts: ArtifactInput | None = None
+    repair: ArtifactInput | None = None
+    """The closed form with which training began, or the adapter itself where there was no training."""
     degrade: ArtifactInput | None = None
     """None when the recipe was given a degraded model."""

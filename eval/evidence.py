@@ -22,7 +22,7 @@ from recovery.files import read_json
 @dataclass(frozen=True)
 class Evidence:
     manifests: dict[str, dict[str, Any]]
-    """By stage: generate, train, and degrade and contexts where there were any; `scores/<model>` for the scores."""
+    """By stage: generate, those of degrade, contexts, repair and train that there were; `scores/<model>`."""
     corpus: dict[str, Any]
     scores: dict[str, dict[str, Any]]
     divergence: dict[str, dict[str, Any]]
@@ -32,11 +32,18 @@ class Evidence:
     held_out: list[dict[str, Any]]
     tokens_generated: int
 
+    @property
+    def adapter(self) -> dict[str, Any]:
+        """The manifest of the adapter that was scored: of training, or of the closed form where there was none."""
+        return self.manifests["train" if "train" in self.manifests else "repair"]
+
 
 def gather(job: ReportJob) -> Evidence:
     """Read everything. Raises UserError when the three models were not scored on the same items."""
     scores = {model: getattr(job.scores, model).path for model in MODELS}
-    stages = {"degrade": job.degrade, "generate": job.corpus, "contexts": job.contexts, "train": job.adapter}
+    stages = {"degrade": job.degrade, "generate": job.corpus, "contexts": job.contexts, "repair": job.repair}
+    if job.adapter != job.repair:
+        stages["train"] = job.adapter
     manifests = {name: read_manifest(given.path) for name, given in stages.items() if given is not None}
     manifests |= {f"scores/{model}": read_manifest(path) for model, path in scores.items()}
     outcomes = {
@@ -84,7 +91,7 @@ def summarize(job: ReportJob, evidence: Evidence) -> dict[str, Any]:
     found = benchmarks_of(job.tasks)
     certain = [name for name in found if tasks[name]["ar_percent"]["measurable"]]
     passing = recovery(outcomes, draws, weights_of(job.tasks, certain)) if certain else NOTHING
-    details = evidence.manifests["train"]["details"]
+    details = evidence.adapter["details"]
     summary: dict[str, Any] = {
         "ar_percent": asdict(recovery(outcomes, draws, weights_of(job.tasks, averaged(job.tasks)))),
         "ar_percent_measurable": {**asdict(passing), "tasks": certain},
@@ -96,7 +103,17 @@ def summarize(job: ReportJob, evidence: Evidence) -> dict[str, Any]:
     }
     for suffix, text in (("", "held_out"), ("_contexts", "contexts")):
         summary |= _divergence(evidence, text, suffix)
+    summary["closed_form"] = _closed_form(job, summary)
     return summary
+
+
+def _closed_form(job: ReportJob, summary: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result before training, on held-out text; null without a closed form."""
+    if job.repair is None:
+        return None
+    line = read_lines(job.repair.path / "held_out.jsonl")[-1]
+    degraded = (summary["kl"] or {}).get("degraded")
+    return {"kl": line["kl"], "top1": line["top1"], "recovery": 1 - line["kl"] / degraded if degraded else None}
 
 
 def _mean_score(scores: Mapping[str, Any], parts: tuple[str, ...]) -> dict[str, float | None]:

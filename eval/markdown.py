@@ -53,7 +53,7 @@ shown. Measurable: the average over the benchmarks that pass.
 
 
 def _effort(evidence: Evidence, summary: Mapping[str, Any]) -> str:
-    details = evidence.manifests["train"]["details"]
+    details = evidence.adapter["details"]
     rows = [
         ["tokens that carried loss, all epochs, and calibration", f"{summary['tokens']:,}"],
         ["tokens generated", f"{summary['tokens_generated']:,}"],
@@ -110,7 +110,7 @@ def _value(value: Any) -> str:
 
 
 def _use(job: ReportJob, evidence: Evidence) -> str:
-    base = evidence.manifests["train"]["inputs"]["degraded"]["path"]
+    base = evidence.adapter["inputs"]["degraded"]["path"]
     return f"""\
 ## Use the adapter
 
@@ -124,15 +124,21 @@ recovered = PeftModel.from_pretrained(degraded, "{job.adapter.path}")
 
 
 def _origin(job: ReportJob, evidence: Evidence) -> str:
-    """Artifacts, code and package versions of the training run."""
-    manifest = evidence.manifests["train"]
+    """Artifacts, and code and package versions of what made the adapter."""
+    manifest = evidence.adapter
     git = manifest["git"]
     revision = git["revision"] or "unknown"
     state = {True: ", with local changes", False: "", None: ""}[git["dirty"]]
     versions = ", ".join(
         f"{name} {manifest['versions'][name]}" for name in SHOWN_VERSIONS if name in manifest["versions"]
     )
-    named = {"corpus": job.corpus, "adapter": job.adapter, "contexts": job.contexts, "degraded": job.degrade}
+    named = {
+        "corpus": job.corpus,
+        "closed form": job.repair,
+        "adapter": job.adapter,
+        "contexts": job.contexts,
+        "degraded": job.degrade,
+    }
     named |= {f"scores of the {model}": given for model, given in job.scores}
     lines = [f"- {name}: `{given.path.name}`" for name, given in named.items() if given is not None]
     lines += [

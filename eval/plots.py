@@ -36,7 +36,7 @@ STYLE: dict[Any, Any] = {
 NORMAL_95 = 1.96
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     # A Figure of its own draws with Agg and leaves no global state, as pyplot would.
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
@@ -48,7 +48,7 @@ def plot_accuracy(summary: Mapping[str, Any], path: Path) -> None:
     """Accuracy of the three models on every benchmark, with 95% intervals and the level of chance."""
     names = list(benchmarks_of(tasks_of(summary)))
     with mpl.rc_context(STYLE):
-        figure, axes = _figure(max(5.5, 1.15 * len(names) + 1.5), 4.2)
+        figure, axes = new_figure(max(5.5, 1.15 * len(names) + 1.5), 4.2)
         places, width = np.arange(len(names)), 0.26
         for number, model in enumerate(MODELS):
             scores = [summary["tasks"][name][model] for name in names]
@@ -87,7 +87,7 @@ def plot_kl(
 ) -> None:
     """KL to the reference over the tokens of training, on both held-out texts, with the degraded model's level."""
     with mpl.rc_context(STYLE):
-        figure, axes = _figure(7, 4.2)
+        figure, axes = new_figure(7, 4.2)
         unit, scale = _token_unit(max([0, *(line["tokens"] for line in [*history, *held_out])]))
         if history:
             tokens = [line["tokens"] / scale for line in history]
@@ -149,7 +149,7 @@ def plot_recovery(summary: Mapping[str, Any], path: Path) -> None:
     if summary["ar_percent_measurable"]["tasks"]:
         rows.append(("measurable average", summary["ar_percent_measurable"]))
     with mpl.rc_context(STYLE):
-        figure, axes = _figure(7, 0.42 * len(rows) + 1.3)
+        figure, axes = new_figure(7, 0.42 * len(rows) + 1.3)
         ends = [result[key] for _, result in rows if result["measurable"] for key in ("low", "high")]
         axes.set_xlim(min([-5, *ends]) - 5, max([105, *ends]) + 5)
         for place, (_, result) in enumerate(rows):

@@ -46,6 +46,9 @@ def divergence_rows(summary: Mapping[str, Any]) -> list[list[str]]:
         top1 = summary[f"top1{suffix}"]
         share = f"{percent(kl['recovery'])} of the KL"
         rows.append([f"KL, {where}", "0", f"{kl['degraded']:.3f}", f"{kl['recovered']:.3f}", share])
+        if not suffix and (before := summary.get("closed_form")) is not None:
+            share = f"{percent(before['recovery'])} of the KL"
+            rows.append(["    closed form alone", "", "", f"{before['kl']:.3f}", share])
         rows.append([f"top-1, {where}", "100.0 %", percent(top1["degraded"]), percent(top1["recovered"]), ""])
     return rows
 

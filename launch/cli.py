@@ -88,8 +88,10 @@ def execute(
         print(dry_run(wanted, run_folder, cluster))
         return EXIT_DONE
     todo = [stage for stage in wanted if not is_finished(stage, memory)]
-    if only is not None and (absent := [label for stage in todo for label in missing_inputs(stage, stages)]):
-        raise UserError(only, f"needs {', '.join(dict.fromkeys(absent))}, not finished", "run these first, or `run`")
+    coming = {stage.label for stage in todo}
+    absent = {label: None for stage in todo for label in missing_inputs(stage, stages) if label not in coming}
+    if only is not None and absent:
+        raise UserError(only, f"needs {', '.join(absent)}, not finished", "run these first, or `run`")
     if todo:
         check_models(recipe, names)
         from launch.tracking import start_run
@@ -224,7 +226,9 @@ def profile_training(recipe_file: Path, cluster_name: str, overrides: list[str],
     cluster, recipe = load_cluster(cluster_name), load_recipe(recipe_file, overrides)
     names = resolve_names(recipe, HashMemory(runs_dir / ".hashes.json"))
     stages = build_stages(recipe, names, cluster, runs_dir)
-    stage = next(stage for stage in stages if stage.command == "train")
+    stage = next((stage for stage in stages if stage.label == "train"), None)
+    if stage is None:
+        raise UserError("--profile", "train.epochs is 0: there is no training", "give it epochs")
     if absent := missing_inputs(stage, stages):
         raise UserError("--profile", f"needs {', '.join(absent)}, not finished", "run these first")
     run_folder = runs_dir / recipe.name
@@ -257,6 +261,22 @@ def serve_pool(recipe_file: Path, cluster_name: str, overrides: list[str], runs_
         while not pool.is_lost:
             time.sleep(0.5)
     return EXIT_FAILED
+
+
+@app.command(
+    help="Say what is damaged in a checkpoint, where and how badly, and what to do about it.\n\n"
+    "Example: recover-lora diagnose assets/smollm2-135m-instruct runs/smollm2-135m-demo/degraded --output diagnosis"
+)
+def diagnose(
+    reference: Annotated[Path, typer.Argument(metavar="REFERENCE", help="Folder of the full-precision model.")],
+    degraded: Annotated[Path, typer.Argument(metavar="DEGRADED", help="Folder of the damaged one.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="DIR", help="Write diagnosis.json and a heat map there.")
+    ] = None,
+) -> None:
+    from launch.diagnose import diagnose as compare
+
+    print(compare(reference, degraded, output))
 
 
 for _name, _only, _help in (

@@ -10,9 +10,10 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from datagen.config import ServerAccess
 from launch.recipe import load_config
-from recovery.config import Config, Dtype
+from recovery.config import Dtype
 from recovery.environment import may_have_gpu
 from recovery.errors import UserError
+from recovery.settings import Config
 
 CPU_SERVER_GIB = 4  # of a CPU server beside its KV cache, with a small model
 FOLDER = Path(__file__).resolve().parent / "clusters"

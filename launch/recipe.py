@@ -13,8 +13,10 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from datagen.config import Generate
 from eval.config import Evaluate
-from recovery.config import Adapter, Config, GaussianNoise, Models, OnlineTeacher, SparseLogitsTeacher, Teacher, Train
+from recovery.config import Adapter, Models, OnlineTeacher, SparseLogitsTeacher, Teacher, Train
+from recovery.damage_config import Damage
 from recovery.errors import UserError, UserErrors
+from recovery.settings import Config
 
 CREDENTIALS = re.compile(r"//[^/@\s'\"]*@")
 ConfigType = TypeVar("ConfigType", bound=Config)
@@ -30,7 +32,7 @@ class Recipe(Config):
     """Names the run's folder."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     models: Models
-    degrade: GaussianNoise | None = None
+    degrade: Damage | None = None
     """Damage made by this program, for studies; left out when models.degraded is given."""
     generate: Generate = Generate()
     adapter: Adapter = Adapter()
@@ -39,10 +41,24 @@ class Recipe(Config):
     evaluate: Evaluate = Evaluate()
     tracking: TrackingSection = TrackingSection()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_damage(cls, content: Any) -> Any:
+        """degrade without a kind is the paper's noise."""
+        if isinstance(content, dict) and isinstance(content.get("degrade"), dict) and "kind" not in content["degrade"]:
+            return {**content, "degrade": {"kind": "gaussian_noise", **content["degrade"]}}
+        return content
+
     @model_validator(mode="after")
     def _one_damage(self) -> Recipe:
         if (self.degrade is None) == (self.models.degraded is None):
             raise ValueError("give exactly one of models.degraded (a model of yours) and degrade (damage made here)")
+        return self
+
+    @model_validator(mode="after")
+    def _something_learns(self) -> Recipe:
+        if self.train.epochs == 0 and self.adapter.init == "zero":
+            raise ValueError("train.epochs 0 needs a closed form, or nothing would be recovered: set adapter.init")
         return self
 
     @model_validator(mode="after")

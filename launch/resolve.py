@@ -21,11 +21,13 @@ from recovery.config import (
     Job,
     ModelInput,
     OnlineTeacher,
+    RepairJob,
     Runtime,
     SparseLogitsTeacher,
     Tracking,
     TrainJob,
 )
+from recovery.damage_config import ConversionBug
 from recovery.deepspeed_config import read_deepspeed
 from recovery.errors import UserError, UserErrors
 from recovery.files import HashMemory
@@ -129,7 +131,7 @@ def check_models(recipe: Recipe, names: Names) -> None:
         faults.attempt(
             lambda: check_rank(model, select(model, patterns, "adapter.placement", head=True), recipe.adapter.rank)
         )
-        if (damage := recipe.degrade) is not None:
+        if (damage := recipe.degrade) is not None and not isinstance(damage, ConversionBug):
             faults.attempt(lambda: select(model, damage.modules, "degrade.modules"))
     faults.stop_if_any()
 
@@ -226,16 +228,66 @@ def cache_job(
     )
 
 
+def adapter_stages(
+    build: Builder,
+    recipe: Recipe,
+    names: Names,
+    dtype: Dtype,
+    degraded: ModelInput,
+    corpus: GenerateJob,
+    contexts: ContextsJob | None,
+) -> list[Stage]:
+    """What makes the adapter: the closed form, the teacher's cache and training, as far as the recipe has them."""
+    stages: list[Stage] = []
+    common: dict[str, Any] = {
+        "seed": recipe.seed,
+        "dtype": dtype,
+        "reference": names.reference,
+        "degraded": degraded,
+        "corpus": artifact_of(corpus),
+        "adapter": recipe.adapter,
+    }
+    repair: RepairJob | None = None
+    if recipe.adapter.init != "zero":
+        repair = build.job(RepairJob, "repair", **common)
+        assert repair is not None
+        links = ("closed_form",) if recipe.train.epochs else ("closed_form", "adapter")
+        stages.append(Stage("repair", "train", "recovery.repair", repair, links, distributed=True))
+    if not recipe.train.epochs:
+        return stages
+    cache = cache_job(build, recipe, names, dtype, corpus, contexts)
+    if cache is not None:
+        stages.append(Stage("cache", "cache", "recovery.cache", cache, ("teacher_cache",), distributed=True))
+    train = build.job(
+        TrainJob,
+        "train",
+        **common,
+        contexts=artifact_of(contexts) if contexts is not None else None,
+        cache=artifact_of(cache) if cache is not None else None,
+        start=artifact_of(repair) if repair is not None else None,
+        teacher=recipe.teacher,
+        train=recipe.train,
+        deepspeed=names.deepspeed,
+    )
+    stages.append(Stage("train", "train", "recovery.train", train, ("adapter",), distributed=True))
+    return stages
+
+
 def score_jobs(
-    build: Builder, recipe: Recipe, names: Names, dtype: Dtype, degraded: ModelInput, train: TrainJob
+    build: Builder,
+    recipe: Recipe,
+    names: Names,
+    dtype: Dtype,
+    degraded: ModelInput,
+    adapter: ArtifactInput,
+    divergence: Divergence,
 ) -> dict[str, EvaluateJob]:
-    """The evaluations of the three models; the last two measure KL on the texts that the training job names."""
+    """The evaluations of the three models; the last two measure KL as well."""
     evaluate = recipe.evaluate
-    divergence = Divergence(reference=names.reference, corpus=train.corpus, contexts=train.contexts)
     models = {
         "reference": {"model": names.reference, "adapter": None, "divergence": None},
         "degraded": {"model": degraded, "adapter": None, "divergence": divergence},
-        "recovered": {"model": degraded, "adapter": artifact_of(train), "divergence": divergence},
+        "recovered": {"model": degraded, "adapter": adapter, "divergence": divergence},
     }
     return {
         who: build.job(
@@ -274,28 +326,16 @@ def build_stages(recipe: Recipe, names: Names, cluster: Cluster, runs_dir: Path)
     if contexts is not None:
         stages.append(Stage("contexts", "generate", "eval.contexts", contexts, ("contexts",)))
 
-    cache = cache_job(build, recipe, names, dtype, generate, contexts)
-    if cache is not None:
-        stages.append(Stage("cache", "cache", "recovery.cache", cache, ("teacher_cache",), distributed=True))
+    texts = artifact_of(contexts) if contexts is not None else None
+    makers = adapter_stages(build, recipe, names, dtype, degraded, generate, contexts)
+    stages += makers
+    by_label = {stage.label: artifact_of(stage.job) for stage in makers}
+    repair = by_label.get("repair")
+    adapter = by_label.get("train", repair)
+    assert adapter is not None, "a recipe has a closed form or epochs"
 
-    train: TrainJob = build.job(
-        TrainJob,
-        "train",
-        seed=recipe.seed,
-        dtype=dtype,
-        reference=names.reference,
-        degraded=degraded,
-        corpus=artifact_of(generate),
-        contexts=artifact_of(contexts) if contexts is not None else None,
-        cache=artifact_of(cache) if cache is not None else None,
-        adapter=recipe.adapter,
-        teacher=recipe.teacher,
-        train=recipe.train,
-        deepspeed=names.deepspeed,
-    )
-    stages.append(Stage("train", "train", "recovery.train", train, ("adapter",), distributed=True))
-
-    scores = score_jobs(build, recipe, names, dtype, degraded, train)
+    divergence = Divergence(reference=names.reference, corpus=artifact_of(generate), contexts=texts)
+    scores = score_jobs(build, recipe, names, dtype, degraded, adapter, divergence)
     for who, job in scores.items():
         stages.append(Stage(f"evaluate-{who}", "evaluate", "eval.evaluate", job, (f"scores/{who}",)))
 
@@ -306,10 +346,11 @@ def build_stages(recipe: Recipe, names: Names, cluster: Cluster, runs_dir: Path)
         seed=recipe.seed,
         bootstrap=recipe.evaluate.bootstrap,
         tasks=recipe.evaluate.task_names,
-        corpus=train.corpus,
-        adapter=artifact_of(train),
+        corpus=artifact_of(generate),
+        adapter=adapter,
+        repair=repair,
         scores=Scores(**{who: artifact_of(job) for who, job in scores.items()}),
-        contexts=train.contexts,
+        contexts=texts,
         degrade=artifact_of(degrade) if degrade is not None else None,
     )
     stages.append(Stage("report", "report", "eval.report", report, ("report",)))

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from recovery.config import Adapter
 from recovery.errors import UserError
 from recovery.files import read_json, write_atomic
 from recovery.placement import check_rank, patterns_of, select
+
+WEIGHTS = "adapter_model.safetensors"
 
 
 def add_adapter(model: Any, adapter: Adapter, seed: int) -> Any:
@@ -62,11 +65,21 @@ def save_adapter(model: Any, folder: Path, weights: dict[str, Tensor], base: str
     write_atomic(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def set_adapter(adapted: Any, folder: Path) -> None:
+    """Give the adapters the values in `folder`, cast to their own dtype; they must be the same modules and ranks."""
+    from peft import set_peft_model_state_dict
+
+    found = set_peft_model_state_dict(adapted, load_file(folder / WEIGHTS))
+    own = [name for name in found.missing_keys if "lora_" in name]
+    assert not own, f"no values for {own[:3]} in {folder}"
+    assert not found.unexpected_keys, f"{found.unexpected_keys[:3]} of {folder} are not adapted"
+
+
 def load_adapter(model: Any, folder: Path) -> Any:
     """`model` with the adapter in `folder`, for inference. Raises UserError when there is none."""
     from peft import PeftModel
 
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(str(folder), "no adapter_model.safetensors in it", "give the folder of a trained adapter")
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(str(folder), f"no {WEIGHTS} in it", "give the folder of a trained adapter")
     adapted: Any = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
     return adapted.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Recipe sections and stage jobs of the core, and the base classes that every config module uses.
+"""Recipe sections and stage jobs of the core, and the base class of all jobs.
 
 Nothing here imports torch, so that a typo in a recipe is reported within a second.
 """
@@ -12,7 +12,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -21,14 +20,9 @@ from pydantic import (
     model_validator,
 )
 
+from recovery.damage_config import Damage
 from recovery.errors import UserError
-
-
-class Config(BaseModel):
-    """Frozen, strict about its keys; fields are documented by the string beneath them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
+from recovery.settings import Config
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -47,26 +41,8 @@ class Models(Config):
     else float32."""
 
 
-class GaussianNoise(Config):
-    """The paper's damage (section 4.1): seeded Gaussian noise on the weights of chosen `nn.Linear` modules."""
-
-    kind: Literal["gaussian_noise"] = "gaussian_noise"
-    modules: tuple[str, ...] = Field(default=("k_proj", "v_proj"), min_length=1)
-    """Last parts of the names of the modules that are damaged."""
-    relative_std: PositiveFloat | None = None
-    """Standard deviation of the noise, in units of each weight matrix's own standard deviation."""
-    target_l2: PositiveFloat | None = None
-    """L2 norm of the change of the first K projection (Table 1 of the paper); every other matrix gets noise of
-    the same standard deviation."""
-
-    @model_validator(mode="after")
-    def _one_strength(self) -> GaussianNoise:
-        if (self.relative_std is None) == (self.target_l2 is None):
-            raise ValueError("give exactly one of relative_std and target_l2")
-        return self
-
-
 Placement = Literal["kv", "attention", "attention_mlp"]
+AdapterInit = Literal["zero", "closed_form", "closed_form_sequential"]
 
 
 class Adapter(Config):
@@ -76,12 +52,28 @@ class Adapter(Config):
     rank: PositiveInt = 64
     alpha: PositiveInt | None = None
     """LoRA alpha; equal to the rank unless given, so that B A is applied at scale 1."""
-    init: Literal["zero"] = "zero"
-    """zero: A random, B zero, the adapted model starts as the degraded one."""
+    init: AdapterInit = "zero"
+    """zero: A random, B zero, the adapted model starts as the degraded one. closed_form: the best change of each layer
+    by itself, from both models' weights and the inputs that the reference gives the layer. closed_form_sequential: each
+    layer in turn, on the inputs that the student repaired so far really gives it."""
+    calibration_tokens: PositiveInt = 32768
+    """Tokens of the corpus from which a closed form takes the layers' inputs."""
+    damping: PositiveFloat = 0.1
+    """Ridge of a closed form, as a share of the mean square of a layer's inputs."""
+    blend: float = Field(default=1.0, ge=0, le=1)
+    """Sequential closed form: the target of a layer is the reference's weights applied to this share of the reference's
+    own input and for the rest of the student's. 1 makes good what earlier layers left wrong; less is better where much
+    of the damage lies in layers without an adapter."""
 
     @property
     def effective_alpha(self) -> int:
         return self.alpha if self.alpha is not None else self.rank
+
+    @model_validator(mode="after")
+    def _scale_of_one(self) -> Adapter:
+        if self.init != "zero" and self.effective_alpha != self.rank:
+            raise ValueError("a closed form needs alpha equal to the rank, so that B A is the change itself")
+        return self
 
 
 class OnlineTeacher(Config):
@@ -147,7 +139,8 @@ Loss = Annotated[ForwardKL | ReverseKL | JensenShannon, Field(discriminator="kin
 class Train(Config):
     loss: Loss = ForwardKL()
     learning_rate: PositiveFloat = 5e-4
-    epochs: PositiveInt = 3
+    epochs: NonNegativeInt = 3
+    """0 with a closed form: its adapter is delivered as it is, without training."""
     warmup_steps: NonNegativeInt = 80
     """Linear warm-up over the loss tokens of that many steps, then linear decay to zero at the last token."""
     warmup_tokens: NonNegativeInt | None = None
@@ -162,6 +155,9 @@ class Train(Config):
     """Steps between two measurements on held-out text."""
     checkpoint_every: PositiveInt = 50
     """Steps between two checkpoints; after a kill at most this many steps are done again."""
+    patience: PositiveInt | None = None
+    """Measurements in a row without a lower held-out KL after which training stops; never, unless given. The adapter of
+    the best measurement is delivered either way."""
     log_every: PositiveInt = 10
     """Steps between two looks at the losses, which are otherwise left on the device."""
     activation_checkpointing: bool = False
@@ -298,7 +294,7 @@ class DegradeJob(Job):
     schema_version: ClassVar[int] = 1
     seed: int
     reference: ModelInput
-    damage: Annotated[GaussianNoise, Field()]
+    damage: Damage
 
 
 class CacheJob(Job):
@@ -313,9 +309,20 @@ class CacheJob(Job):
     teacher: Annotated[HiddenStatesTeacher | SparseLogitsTeacher, Field(discriminator="kind")]
 
 
+class RepairJob(Job):
+    stage: ClassVar[str] = "repair"
+    schema_version: ClassVar[int] = 1
+    seed: int
+    dtype: Dtype
+    reference: ModelInput
+    degraded: ModelInput
+    corpus: ArtifactInput
+    adapter: Adapter
+
+
 class TrainJob(Job):
     stage: ClassVar[str] = "train"
-    schema_version: ClassVar[int] = 2
+    schema_version: ClassVar[int] = 3
     seed: int
     dtype: Dtype
     reference: ModelInput
@@ -325,6 +332,8 @@ class TrainJob(Job):
     """Benchmark contexts: held-out KL is measured on them too, nothing is learned from them."""
     cache: ArtifactInput | None = None
     """The reference's signal; None with an online teacher, whose forward runs beside the student's."""
+    start: ArtifactInput | None = None
+    """The adapter of a closed form, with which training begins."""
     adapter: Adapter
     teacher: Teacher
     train: Train

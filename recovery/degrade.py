@@ -8,61 +8,100 @@ The paper's damage (section 4.1) is Gaussian noise on the weights of the K and V
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from recovery.artifacts import Workspace
-from recovery.config import DegradeJob, GaussianNoise
+from recovery.config import DegradeJob
+from recovery.damage import cast, convert_badly, flipped, linear_names, noise_like, pruned, rounded
+from recovery.damage_config import BitFlips, Cast, ConversionBug, Damage, GaussianNoise, Pruning, Rounding
 from recovery.models import load_model
 from recovery.placement import select
 from recovery.progress import progress
 from recovery.stage import run_stage
 
-
-def noise_like(weight: Tensor, seed: int, name: str) -> Tensor:
-    """Standard normal float32 noise, a function of (seed, tensor name, shape) alone: not of order or device."""
-    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-    generator = np.random.Generator(np.random.Philox(key=[seed, key]))
-    return torch.from_numpy(generator.standard_normal(tuple(weight.shape), dtype=np.float32))
+Change = Callable[[str, Tensor], Tensor]
+"""(tensor name, weight as stored) to the damaged weight, which is rounded to the stored dtype."""
 
 
-@torch.no_grad()
-def add_noise(model: Any, damage: GaussianNoise, seed: int) -> dict[str, dict[str, float]]:
-    """Damage `model` in place; {tensor: {l2, relative_l2}} of the changes as they are after rounding to its dtype.
-
-    relative_std: each matrix's noise has that many of its own standard deviations. target_l2: one standard deviation
-    for all, such that the first K projection (or the first matched module, where there is none) changes by exactly
-    this L2 norm before rounding (Table 1 of the paper).
-    """
+def changes_of(model: Any, damage: Damage, seed: int) -> dict[str, Change]:
+    """What happens to the weight of each damaged module."""
+    assert not isinstance(damage, ConversionBug)
     names = select(model, damage.modules, "degrade.modules")
+    if isinstance(damage, GaussianNoise):
+        return dict.fromkeys(names, _noise(model, names, damage, seed))
+    if isinstance(damage, Rounding):
+        changes = dict.fromkeys(names, _rounding(damage, damage.bits))
+        if damage.rest_bits is not None:
+            rest = _rounding(damage, damage.rest_bits)
+            changes |= {name: rest for name in linear_names(model) if name not in changes}
+        return changes
+    if isinstance(damage, Cast):
+        return dict.fromkeys(names, lambda _, weight: cast(weight.float(), damage))
+    if isinstance(damage, Pruning):
+        return dict.fromkeys(names, lambda _, weight: pruned(weight, damage))
+    assert isinstance(damage, BitFlips)
+    return dict.fromkeys(names, lambda name, weight: flipped(weight, damage, seed, name))
+
+
+def _noise(model: Any, names: list[str], damage: GaussianNoise, seed: int) -> Change:
+    """relative_std: each matrix's noise has that many of its own standard deviations. target_l2: one standard deviation
+    for all, such that the first K projection (or the first matched module, where there is none) changes by exactly
+    this L2 norm before rounding (Table 1 of the paper)."""
     scale = None
     if damage.target_l2 is not None:
         first = next((name for name in names if "k_proj" in name), names[0])
         weight = model.get_submodule(first).weight
         scale = damage.target_l2 / float(noise_like(weight, seed, f"{first}.weight").norm())
-    changes: dict[str, dict[str, float]] = {}
-    bar = progress(len(names), "tensor", "degrade")
-    for name in names:
-        weight = model.get_submodule(name).weight
-        before = weight.float().clone()
+
+    def change(name: str, weight: Tensor) -> Tensor:
+        before = weight.float()
         std = scale if scale is not None else float(before.std()) * float(damage.relative_std or 0.0)
-        weight.copy_((before + std * noise_like(weight, seed, f"{name}.weight")).to(weight.dtype))
-        l2 = float((weight.float() - before).norm())
-        changes[f"{name}.weight"] = {"l2": l2, "relative_l2": l2 / float(before.norm())}
+        return before + std * noise_like(weight, seed, name)
+
+    return change
+
+
+def _rounding(damage: Rounding, bits: int) -> Change:
+    return lambda _, weight: rounded(weight.float(), bits, damage.group, symmetric=damage.symmetric)
+
+
+@torch.no_grad()
+def apply_damage(model: Any, damage: Damage, seed: int) -> dict[str, dict[str, float]]:
+    """Damage `model` in place; {tensor: {l2, relative_l2}} of the changes as they are after rounding to its dtype."""
+    if isinstance(damage, ConversionBug):
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        convert_badly(model, damage)
+        after = model.state_dict()
+        return {
+            name: change_of(before[name], after[name]) for name in before if not torch.equal(before[name], after[name])
+        }
+    listed: dict[str, dict[str, float]] = {}
+    changes = changes_of(model, damage, seed)
+    bar = progress(len(changes), "tensor", "degrade")
+    for name, change in changes.items():
+        weight = model.get_submodule(name).weight
+        before = weight.clone()
+        weight.copy_(change(f"{name}.weight", weight))
+        listed[f"{name}.weight"] = change_of(before, weight)
         bar.update()
     bar.close()
-    return changes
+    return listed
+
+
+def change_of(before: Tensor, after: Tensor) -> dict[str, float]:
+    l2, norm = float((after.float() - before.float()).norm()), float(before.float().norm())
+    return {"l2": l2, "relative_l2": l2 / norm if norm else 0.0}
 
 
 def produce(job: DegradeJob, workspace: Workspace) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     model = load_model(job.reference, None, placed=False)
-    changes = add_noise(model, job.damage, job.seed)
+    changes = apply_damage(model, job.damage, job.seed)
     model.save_pretrained(workspace.path)
     AutoTokenizer.from_pretrained(job.reference.path, revision=job.reference.revision).save_pretrained(workspace.path)
     return {"tensors": changes}

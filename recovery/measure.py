@@ -34,6 +34,12 @@ class Measurement:
     tokens: int
 
 
+def measurement_of(sums: Tensor, count: int) -> Measurement:
+    """From the sums that recovery.loss.compare gives, over `count` positions."""
+    kl, top1, nll, reference_nll = (sums / max(count, 1)).tolist()
+    return Measurement(kl, top1, float(np.exp(nll)), float(np.exp(reference_nll)), count)
+
+
 def measure(
     student: Any, reference: Any, tokens: Tokens, width: int, micro_batch_tokens: int, description: str
 ) -> Measurement:
@@ -96,5 +102,4 @@ class HeldOut:
                 bar.update(int(sum(self._tokens.lengths[row] for row in rows)))
         if bar is not None:
             bar.close()
-        kl, top1, nll, reference_nll = (sums / max(count, 1)).tolist()
-        return Measurement(kl, top1, float(np.exp(nll)), float(np.exp(reference_nll)), count)
+        return measurement_of(sums, count)

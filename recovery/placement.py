@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from recovery.config import Placement
+from recovery.damage_config import ALL
 from recovery.errors import UserError
 
 PLACEMENTS: dict[Placement, tuple[str, ...]] = {
@@ -43,11 +44,14 @@ def skeleton(path: str, revision: str | None) -> Any:
 
 
 def select(model: Any, patterns: Sequence[str], where: str, *, head: bool = False) -> list[str]:
-    """Full names of the linear modules whose last name parts match, in the model's order. head: as linear_modules.
+    """Full names of the linear modules whose last name parts match, in the model's order. head: as linear_modules;
+    [all] is every one but the head.
 
     Raises UserError listing what there was for a pattern that matches nothing.
     """
     names = list(linear_modules(model, head=head))
+    if tuple(patterns) == ALL:
+        return list(linear_modules(model))
     chosen = {
         pattern: [name for name in names if name == pattern or name.endswith(f".{pattern}")] for pattern in patterns
     }

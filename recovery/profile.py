@@ -22,7 +22,7 @@ from recovery.errors import EXIT_DONE
 from recovery.files import write_atomic
 from recovery.stage import check_inputs, exit_code_of, set_up_logging
 from recovery.tracking import Tracker
-from recovery.train import look, prepared, set_up, train_step
+from recovery.train import look, set_up, train_step
 
 PHASES = ("data", "teacher", "student", "loss", "backward", "optimizer")
 """As train_step, Student and Engine name them; backward holds no forward, loss has its three products."""
@@ -36,7 +36,7 @@ def measure(job: TrainJob, folder: Path, steps: int) -> str:
         activities.append(ProfilerActivity.CUDA)
     with tempfile.TemporaryDirectory() as scratch, Tracker(None, None) as tracker:
         run = set_up(job, Path(scratch), rank, ranks, tracker)
-        feed = prepared(run, 0)
+        feed = run.feed(0)
         steps = min(steps, len(run.plan) - 1)
         train_step(run, 0, feed)
         look(run)

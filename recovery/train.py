@@ -15,43 +15,38 @@ import json
 import logging
 import math
 import time
-from collections import deque
-from collections.abc import Generator, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.profiler import record_function
 
-from recovery.adapters import adapter_parameters, add_adapter, save_adapter
-from recovery.artifacts import Workspace
-from recovery.batches import Batch, Step, collate, idle_share, plan_epoch
+from recovery.adapters import adapter_parameters, add_adapter, save_adapter, set_adapter
+from recovery.artifacts import Workspace, read_manifest
+from recovery.batches import Step, collate, idle_share, plan_epoch
 from recovery.checkpoint import load_checkpoint, save_checkpoint
-from recovery.config import SparseLogitsTeacher, Train, TrainJob
+from recovery.config import Train, TrainJob
 from recovery.corpus import TOKENIZER, Tokens, check_ids, read_split
 from recovery.engine import Engine, Student, start_distributed
-from recovery.errors import UserError
+from recovery.errors import Unavailable, UserError
+from recovery.feed import Prepared, prepared, teachers
 from recovery.files import write_atomic
-from recovery.head import Head
 from recovery.measure import HeldOut, Measurement
 from recovery.models import TORCH_DTYPES, causal_lm, check_training_path, device, head_of, load_model, share_equal
 from recovery.progress import progress
 from recovery.stage import run_stage
-from recovery.teacher import DenseTeacher, OnlineTeacher, TeacherSignal
-from recovery.teacher_cache import CachedHiddenStates, CachedSparseLogits, read_head
+from recovery.teacher import TeacherSignal
 from recovery.tracking import Tracker
 from recovery.vocabulary import compare, load_vocabulary, used_width
 
 log = logging.getLogger("recover-lora")
 CHECKPOINTS = ".checkpoints"
-AHEAD = 3
-"""Micro-batches that are made ready while one is computed."""
-Prepared = tuple[Batch, tuple[Tensor, ...]]
-"""A micro-batch and what its teacher has on disk, both on the CPU."""
+BEST = ".best"
 
 
 def learning_rates(step_tokens: list[int], train: Train) -> list[float]:
@@ -104,6 +99,49 @@ class Run:
     def leader(self) -> bool:
         return self.rank == 0
 
+    def feed(self, done: int) -> Generator[Prepared, None, None]:
+        """This rank's micro-batches of the steps that are left, made ahead."""
+        return prepared(self.tokens, self.teacher, self.plan[done:], self.rank, self.ranks)
+
+
+@dataclass
+class Watch:
+    """The held-out KLs so far, the same on every rank."""
+
+    steps: list[int]
+    kls: list[float]
+
+    @classmethod
+    def of(cls, run: Run) -> Watch:
+        """What earlier processes have measured, as the leader reads it."""
+        found: list[Any] = [None]
+        if run.leader:
+            lines = [json.loads(line) for line in (run.folder / "held_out.jsonl").read_text().splitlines()]
+            own = [line for line in lines if line["split"] == "held_out"]
+            found[0] = ([line["step"] for line in own], [line["kl"] for line in own])
+        torch.distributed.broadcast_object_list(found, 0)
+        return cls(*found[0])
+
+    def take(self, run: Run, step: int, kl: float) -> None:
+        """Note a measurement; the adapters of the best one are kept. The leader's figure counts on every rank."""
+        shared = torch.tensor(kl, dtype=torch.float64, device=device())
+        torch.distributed.broadcast(shared, 0)
+        self.steps.append(step)
+        self.kls.append(float(shared))
+        if self.best == len(self.kls) - 1:
+            keep_weights(run, step)
+
+    @property
+    def best(self) -> int:
+        return min(range(len(self.kls)), key=self.kls.__getitem__)
+
+    @property
+    def best_step(self) -> int:
+        return self.steps[self.best]
+
+    def has_stagnated(self, patience: int | None) -> bool:
+        return patience is not None and len(self.kls) - 1 - self.best >= patience
+
 
 @dataclass(frozen=True)
 class Taken:
@@ -129,6 +167,8 @@ def set_up(job: TrainJob, folder: Path, rank: int, ranks: int, tracker: Tracker)
         shared = share_equal(degraded, reference)
         log.info("%.0f MB of weights are the same in both models and held once", shared / 1e6)
     adapted = add_adapter(degraded, job.adapter, job.seed)
+    if job.start is not None:
+        set_adapter(adapted, job.start.path)
     check_training_path(adapted, width, "models.degraded")
     if job.train.activation_checkpointing:
         adapted.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
@@ -154,61 +194,12 @@ def set_up(job: TrainJob, folder: Path, rank: int, ranks: int, tracker: Tracker)
     return Run(job, folder, rank, ranks, adapted, student, engine, teacher, tokens, held_out, plan, rates, tracker)
 
 
-def teachers(
-    job: TrainJob, reference: Any, width: int, tokens: Tokens, texts: dict[str, Tokens], student_head: Head
-) -> tuple[TeacherSignal, Mapping[str, DenseTeacher]]:
-    """The signal to learn from, and those to measure the other texts with. reference: None where there is a cache."""
-    if job.cache is None:
-        check_training_path(reference, width, "models.reference")
-        online = OnlineTeacher(reference, width)
-        return online, dict.fromkeys(texts, online)
-    folder = job.cache.path
-    head = read_head(folder, student_head, TORCH_DTYPES[job.dtype])
-    if head.width != width:
-        raise UserError(str(folder), f"logits of {head.width} tokens, the models have {width}", "make the cache anew")
-    measuring = {name: CachedHiddenStates(folder / name, text, head) for name, text in texts.items()}
-    if isinstance(job.teacher, SparseLogitsTeacher):
-        return CachedSparseLogits(folder / "train", tokens), measuring
-    return CachedHiddenStates(folder / "train", tokens, head), measuring
-
-
 def compile_layers(adapted: Any) -> None:
     """torch.compile of everything in a layer but its attention, which takes another shape with every batch."""
     for layer in causal_lm(adapted).get_decoder().layers:
         for name, part in layer.named_children():
             if "attn" not in name:
                 part.compile(dynamic=True)
-
-
-def prepared(run: Run, first: int) -> Generator[Prepared, None, None]:
-    """This rank's micro-batches from step `first` on, with what their teacher has on disk, made ahead of the step."""
-
-    def make(rows: tuple[int, ...], spare: bool) -> Prepared:
-        batch, fetched = collate(run.tokens, rows), run.teacher.fetch(rows)
-        if spare:
-            batch = batch.without_loss()
-        if device().type != "cpu":
-            batch, fetched = batch.pin(), tuple(tensor.pin_memory() for tensor in fetched)
-        return batch, fetched
-
-    def wanted() -> Iterator[tuple[tuple[int, ...], bool]]:
-        for step in run.plan[first:]:
-            for rows in step.of_rank(run.rank, run.ranks):
-                # A rank without a micro-batch of its own runs one without loss, so that all reduce together.
-                yield rows or step.micro_batches[0], not rows
-
-    with ThreadPoolExecutor(1, "data") as thread:
-        waiting: deque[Future[Prepared]] = deque()
-        try:
-            for rows, spare in wanted():
-                waiting.append(thread.submit(make, rows, spare))
-                if len(waiting) > AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 def resume(run: Run) -> int:
@@ -309,16 +300,21 @@ def measure_held_out(run: Run, step: int, tokens: int) -> dict[str, Measurement]
     return results
 
 
-def train(run: Run, workspace: Workspace | None) -> None:
+def train(run: Run, workspace: Workspace | None) -> Watch:
     """The loop: steps, and at their intervals a look at the losses, measurements and checkpoints."""
     done, settings = resume(run), run.job.train
     ends = np.cumsum([0, *(step.loss_tokens for step in run.plan)]).tolist()
     if done == 0:
         measure_held_out(run, 0, 0)
+        if run.job.start is not None:
+            keep_weights(run, 0)
+    watch = Watch.of(run)
     bar = progress(ends[-1], "tok", "train", ends[done]) if run.leader else None
-    kls = _earlier_kls(run.folder / "held_out.jsonl") if run.leader else []
-    feed, clock = prepared(run, done), time.monotonic()
+    feed, clock = run.feed(done), time.monotonic()
     for number in range(done, len(run.plan)):
+        if watch.has_stagnated(settings.patience):
+            log.info("stopped after step %d: %d measurements without a better one", number, settings.patience)
+            break
         train_step(run, number, feed)
         step, tokens = number + 1, ends[number + 1]
         if bar is not None:
@@ -334,24 +330,24 @@ def train(run: Run, workspace: Workspace | None) -> None:
                 bar.set_postfix_str(f"loss {lines[-1]['loss']:.3f}")
             clock = time.monotonic()
         if evaluate:
-            kls.append(measure_held_out(run, step, tokens)["held_out"].kl)
-            if run.leader and (hint := advice(kls)):
+            watch.take(run, step, measure_held_out(run, step, tokens)["held_out"].kl)
+            if run.leader and (hint := advice(watch.kls)):
                 log.warning(hint)
-        if checkpoint:
+        if checkpoint or (evaluate and watch.has_stagnated(settings.patience)):
             state = run.engine.state()
             if run.leader:
                 save_checkpoint(run.folder / CHECKPOINTS, step, state)
+                # Not before: after a kill the steps behind the checkpoint are measured again.
+                for path in (run.folder / BEST).glob("step-*.safetensors"):
+                    if path != best_path(run.folder, watch.best_step):
+                        path.unlink()
                 assert workspace is not None
                 workspace.tick()
         if evaluate or checkpoint:
             clock = time.monotonic()
     if bar is not None:
         bar.close()
-
-
-def _earlier_kls(path: Path) -> list[float]:
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [line["kl"] for line in lines if line["split"] == "held_out"]
+    return watch
 
 
 def keep(run: Run, lines: list[dict[str, float]], ends: list[int], seconds: float) -> None:
@@ -373,6 +369,32 @@ def keep(run: Run, lines: list[dict[str, float]], ends: list[int], seconds: floa
             run.tracker.metrics(values, step)
 
 
+def keep_weights(run: Run, step: int) -> None:
+    """Write the adapters as they are now, as the best so far. Every rank must call it."""
+    weights = run.engine.weights()
+    if run.leader:
+        path = best_path(run.folder, step)
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, save(weights))
+
+
+def best_path(folder: Path, step: int) -> Path:
+    return folder / BEST / f"step-{step:08d}.safetensors"
+
+
+def check_better(watch: Watch, job: TrainJob) -> None:
+    """Raise Unavailable where training found nothing better than the degraded model: no adapter is delivered then."""
+    degraded = watch.kls[0]
+    if job.start is not None:
+        degraded = json.loads((job.start.path / "held_out.jsonl").read_text().splitlines()[0])["kl"]
+    best = watch.kls[watch.best]
+    if best >= degraded:
+        raise Unavailable(
+            f"held-out KL was never below the degraded model's {degraded:.4f} (at best {best:.4f}): no adapter is "
+            "delivered; lower train.learning_rate, or set adapter.init: closed_form_sequential"
+        )
+
+
 @contextlib.contextmanager
 def _tracker(job: TrainJob, folder: Path, leader: bool) -> Iterator[Tracker]:
     with Tracker(job.runtime.tracking if leader else None, folder / "metrics.jsonl" if leader else None) as tracker:
@@ -385,9 +407,10 @@ def produce(job: TrainJob, workspace: Workspace) -> dict[str, Any]:
     with _tracker(job, workspace.path, leader) as tracker:
         run = set_up(job, workspace.path, rank, ranks, tracker)
         parameters = adapter_parameters(run.student)
+        start = {} if job.start is None else read_manifest(job.start.path)["details"]
         counts = {
             "loss_tokens": sum(step.loss_tokens for step in run.plan),
-            "calibration_tokens": 0,
+            "calibration_tokens": start.get("calibration_tokens", 0),
             "steps": len(run.plan),
             "trainable_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in parameters.values()),
             "adapted_modules": len(parameters) // 2,
@@ -402,13 +425,15 @@ def produce(job: TrainJob, workspace: Workspace) -> dict[str, Any]:
         )
         if run.student.trainable_head:
             log.info("the head learns too: its loss goes through autograd, with two products more")
-        train(run, workspace if leader else None)
+        watch = train(run, workspace if leader else None)
+        check_better(watch, job)
+        taken = watch.steps[-1]
+        counts |= {"best_step": watch.best_step, "steps_taken": taken}
+        counts["loss_tokens"] = sum(step.loss_tokens for step in run.plan[:taken])
         prefix = "adapted."
-        weights = {
-            name.removeprefix(prefix): tensor.to(TORCH_DTYPES[job.dtype])
-            for name, tensor in run.engine.weights().items()
-        }
         if leader:
+            kept = load_file(best_path(workspace.path, watch.best_step))
+            weights = {name.removeprefix(prefix): tensor.to(TORCH_DTYPES[job.dtype]) for name, tensor in kept.items()}
             save_adapter(run.adapted, workspace.path, weights, base=str(job.degraded.path))
         torch.distributed.barrier()
     return counts

@@ -64,7 +64,7 @@ def tiny_recipe(reference: Path, data_dir: Path, **changes: Any) -> Recipe:
         },
     }
     for section, fields in changes.items():
-        if isinstance(fields, dict):
+        if isinstance(fields, dict) and section != "degrade":
             content[section] = {**content.get(section, {}), **fields}
         else:
             content[section] = fields

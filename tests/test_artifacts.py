@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from recovery.artifacts import Workspace, verify
-from recovery.config import ArtifactInput, DegradeJob, GaussianNoise, ModelInput, Runtime
+from recovery.config import ArtifactInput, DegradeJob, ModelInput, Runtime
+from recovery.damage_config import GaussianNoise
 from recovery.errors import DamagedArtifact, UserError
 from recovery.files import HashMemory
 from recovery.stage import build

@@ -1,4 +1,4 @@
-"""The real model, end to end through the front door: undisturbed, and killed with SIGKILL in three stages."""
+"""The real model, end to end through the front door: undisturbed, and killed with SIGKILL in four stages."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ SMALL = [
 # When each of these exists, the stage has kept a piece of its work and has more to do.
 KILL_AT = (
     ".generate-*.partial/train/shard-00000.parquet",
+    ".repair-*.partial/.layers/0003.safetensors",
     ".train-*.partial/.checkpoints/step-00000002.json",
     ".evaluate-*.partial/items/arc_easy.json",
 )
@@ -103,7 +104,7 @@ def test_mlflow_holds_the_run(undisturbed: tuple[Path, str]):
     assert client.get_run(note["run_id"]).data.params["adapter.rank"] == "8"
 
 
-def test_killed_in_three_stages_ends_with_the_same_bits(undisturbed: tuple[Path, str], tmp_path: Path):
+def test_killed_in_four_stages_ends_with_the_same_bits(undisturbed: tuple[Path, str], tmp_path: Path):
     runs, _ = undisturbed
     for pattern in KILL_AT:
         kill_when(tmp_path, pattern)
@@ -111,6 +112,7 @@ def test_killed_in_three_stages_ends_with_the_same_bits(undisturbed: tuple[Path,
     assert ended.returncode == 0, ended.stderr[-3000:]
     for pattern in (
         "generate-*/*/*.parquet",
+        "repair-*/adapter_model.safetensors",
         "train-*/adapter_model.safetensors",
         "evaluate-*/items/*.json",
         "evaluate-*/divergence.json",

@@ -11,6 +11,7 @@ import yaml
 
 from launch.cluster import load_cluster
 from launch.recipe import load_recipe
+from recovery.damage_config import GaussianNoise
 from recovery.deepspeed_config import FOLDER, complete, read_deepspeed
 from recovery.errors import UserError, UserErrors
 from tests.conftest import REPOSITORY
@@ -42,7 +43,7 @@ def test_paper_recipes_have_the_papers_numbers():
     recipes = [load_recipe(path) for path in RECIPES if path.parent.name == "paper"]
     found = {}
     for recipe in recipes:
-        assert recipe.degrade is not None
+        assert isinstance(recipe.degrade, GaussianNoise)
         found[recipe.models.reference] = (recipe.degrade.target_l2, recipe.adapter.placement, recipe.generate.samples)
         train = recipe.train
         assert (train.learning_rate, train.epochs, train.warmup_steps) == (5e-4, 3, 80)
@@ -62,7 +63,7 @@ def test_every_fault_in_one_message(tmp_path: Path):
     content = {
         "name": "x",
         "models": {"reference": "r", "degraded": "d", "dtpye": "auto"},
-        "train": {"learning_rate": "fast", "epochs": 0},
+        "train": {"learning_rate": "fast", "epochs": -1},
         "evaluate": {"tasks": ["helaswag"]},
     }
     with pytest.raises(UserErrors) as caught:
@@ -71,7 +72,7 @@ def test_every_fault_in_one_message(tmp_path: Path):
     assert len(lines) == 4
     assert any(line.startswith("models.dtpye: unknown field; did you mean dtype?") for line in lines)
     assert any(line.startswith("train.learning_rate: found 'fast'") for line in lines)
-    assert any(line.startswith("train.epochs: found 0") for line in lines)
+    assert any(line.startswith("train.epochs: found -1") for line in lines)
     assert any("helaswag" in line and "known: hellaswag" in line for line in lines)
 
 

@@ -11,14 +11,28 @@ from typing import Any
 import pytest
 
 import recovery.train
+from recovery.adapters import load_adapter
 from recovery.checkpoint import load_checkpoint, save_checkpoint
-from recovery.config import Train
-from recovery.errors import UserError
+from recovery.config import ModelInput, Train
+from recovery.corpus import read_split
+from recovery.errors import Unavailable, UserError
+from recovery.measure import measure
+from recovery.models import load_model
 from recovery.stage import build
 from recovery.train import advice, learning_rates
+from recovery.vocabulary import load_vocabulary, used_width
 from tests.pipeline import job_of, make_benchmarks, run_in_process, tiny_recipe
 
 SHORT = {"epochs": 2, "checkpoint_every": 5, "evaluate_every": 6}
+
+
+def model_at(folder: Path) -> Any:
+    return load_model(ModelInput(path=str(folder), digest=""), "float32")
+
+
+def width_of(folder: Path) -> int:
+    vocabulary = load_vocabulary(str(folder))
+    return used_width(vocabulary, vocabulary)
 
 
 class Killed(BaseException):
@@ -175,3 +189,31 @@ def test_compiled_layers_give_the_same_losses(prepared: tuple[Path, Path, Path],
     assert compiled != plain
     for one, other in zip(losses(compiled), losses(plain), strict=True):
         assert one == pytest.approx(other, rel=1e-3)
+
+
+def test_the_best_measurement_is_delivered_and_training_stops_when_nothing_gets_better(
+    prepared: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Ten good steps, then a learning rate at which everything is lost."""
+    monkeypatch.setattr(recovery.train, "learning_rates", lambda steps, _: [1e-2] * 10 + [1.0] * (len(steps) - 10))
+    settings: dict[str, Any] = {"epochs": 6, "evaluate_every": 2, "checkpoint_every": 3, "patience": 3}
+    folder = train_with(prepared, tmp_path / "runs", None, **settings)
+    lines = [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]
+    kls = {line["step"]: line["kl"] for line in lines if line["split"] == "held_out"}
+    details = json.loads((folder / "manifest.json").read_text())["details"]
+    best = min(kls, key=lambda step: kls[step])
+    assert 0 < best <= 10
+    assert details["best_step"] == best
+    assert details["steps_taken"] == max(kls) == best + 2 * 3  # three measurements without a better one
+    assert max(kls) < details["steps"]
+    model, _, source = prepared
+    recovered = load_adapter(model_at(next((source / "artifacts").glob("degrade-*"))), folder)
+    held_out = read_split(next((source / "artifacts").glob("generate-*")), "held_out")
+    found = measure(recovered, model_at(model), held_out, width_of(model), 512, "")
+    assert found.kl == pytest.approx(kls[best], rel=1e-3)
+
+
+def test_training_that_never_helps_delivers_nothing(prepared: tuple[Path, Path, Path], tmp_path: Path):
+    with pytest.raises(Unavailable, match="no adapter is delivered"):
+        train_with(prepared, tmp_path / "runs", None, learning_rate=30.0, warmup_steps=0, evaluate_every=1)
+    assert not list((tmp_path / "runs" / "artifacts").glob("train-*"))

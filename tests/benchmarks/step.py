@@ -1,6 +1,6 @@
 """The training step beside its peers: real tokens a second, memory, use of the machine; and the cached teachers.
 
-    make bench-step              # about 20 minutes on two cores
+    make bench-step              # about 14 minutes on two cores
 
 SmolLM2-135M with noise on K and V, adapters of rank 64 there, on hybrid samples of up to 512 tokens that the reference
 made. Every contender is a process of its own that takes the same optimizer step (the same samples, at least 2048
@@ -38,18 +38,19 @@ from recovery.loss import distill
 from recovery.models import final_hidden
 from recovery.targets import DenseTargets, SparseTargets
 from recovery.tracking import Tracker
-from recovery.train import Run, look, prepared, set_up, train_step
+from recovery.train import Run, look, set_up, train_step
 from tests.benchmarks.summary import append_row
 
 RECIPE = REPOSITORY / "launch" / "recipes" / "smollm2-135m" / "demo.yaml"
 FOLDER = REPOSITORY / "runs" / "bench" / "step"
 PEERS = REPOSITORY / ".venv-peers" / "bin" / "python"
 SETTINGS = (
-    "generate.samples=40",
+    "generate.samples=28",
     "generate.held_out_samples=4",
     "generate.max_length=512",
-    "generate.batch_samples=20",
+    "generate.batch_samples=28",
     "adapter.rank=64",
+    "adapter.init=zero",
     "evaluate.contexts=0",
     "train.batch_tokens=2560",
     "train.micro_batch_tokens=512",
@@ -173,7 +174,7 @@ def worker(job_file: Path) -> None:
     scratch.mkdir(exist_ok=True)
     with Tracker(None, None) as tracker:
         run = set_up(job, scratch, rank, ranks, tracker)
-        feed = prepared(run, 0)
+        feed = run.feed(0)
         print("ready", flush=True)
         for line in sys.stdin:
             begun = time.perf_counter()
@@ -272,7 +273,7 @@ def sparse_gradients(setup: Setup, batches: int) -> None:
         run = set_up(job, FOLDER / "worker-online", 0, 1, tracker)
         cosine = _cosine(run, batches)
         append_row("step: cosine of sparse and exact gradient, start", cosine, "cosine", goal=0.995)
-        feed = prepared(run, 0)
+        feed = run.feed(0)
         for number in range(len(run.plan)):
             train_step(run, number, feed)
         losses = [line["loss"] for line in look(run)]
@@ -313,7 +314,7 @@ def _drawn(dense: DenseTargets, generator: torch.Generator) -> SparseTargets:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--gradient-batches", type=int, default=10, help="of 512 tokens, for the sparse gradient")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

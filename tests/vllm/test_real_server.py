@@ -25,8 +25,9 @@ from datagen.config import Generate, GenerateJob, GenerateRuntime, ServerAccess
 from datagen.integrity import check_corpus
 from datagen.pieces import locate
 from recovery.artifacts import read_manifest
-from recovery.config import DegradeJob, GaussianNoise, ModelInput, Runtime
+from recovery.config import DegradeJob, ModelInput, Runtime
 from recovery.corpus import read_rows, shards_of
+from recovery.damage_config import GaussianNoise
 from recovery.errors import UserError
 from recovery.models import load_model
 from recovery.stage import build

@@ -1,0 +1,373 @@
+"""What became of a model's weights: every tensor of the degraded checkpoint against the reference's.
+
+Reads one pair of tensors at a time, from safetensors, and needs no forward pass. Structural damage (a permutation, a
+transposition, a stale or swapped tensor, a wrong scale) is recognised by undoing it and finding the reference; damage
+that lost information (rounding, pruning, noise, flipped bits) by what it leaves behind in the values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from recovery.errors import UserError
+
+Kind = Literal[
+    "missing",
+    "zero",
+    "not_finite",
+    "other_tensor",
+    "transposed",
+    "rotary_permuted",
+    "permuted",
+    "shifted",
+    "scaled",
+    "pruned",
+    "quantized",
+    "bit_flips",
+    "noise",
+    "low_rank",
+    "changed",
+]
+STRUCTURAL: frozenset[Kind] = frozenset(
+    {"missing", "zero", "other_tensor", "transposed", "rotary_permuted", "permuted", "shifted", "scaled"}
+)
+"""Damage that exporting the model again undoes, since the information is all there or was never written."""
+SAME = 0.02
+"""Relative L2 below which a tensor counts as another one, but for rounding to a narrower dtype."""
+GROUPS = (16, 32, 64, 128, 256)
+SPECTRUM_ROWS = 1024
+"""Of a large matrix, the corner whose spectrum is taken: a change of low rank is so everywhere."""
+SAMPLED_ROWS = 64
+"""Rows looked at where all of them would tell no more."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    tensor: str
+    shape: tuple[int, ...]
+    relative_l2: float
+    """||degraded - reference|| / ||reference||; 1 where it is missing."""
+    kind: Kind
+    detail: str
+    """What was found, in words and numbers."""
+
+
+@dataclass
+class Checkpoint:
+    """The tensors of a folder, by name, read when they are asked for."""
+
+    folder: Path
+    files: dict[str, Path] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                self.files |= dict.fromkeys(file.keys(), path)
+        if not self.files:
+            raise UserError(str(self.folder), "no .safetensors file in it", "give the folder of a complete model")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        with safe_open(self.files[name], framework="pt") as file:
+            return tuple(file.get_slice(name).get_shape())
+
+
+def examine(reference: Path, degraded: Path) -> Iterator[tuple[str, Finding | None]]:
+    """(tensor, what is wrong with it or None) for each of the reference's tensors, in their order by name."""
+    theirs, own = Checkpoint(reference), Checkpoint(degraded)
+    names = sorted(theirs.files)
+    known = Known(theirs)
+    for name in names:
+        right = theirs[name]
+        if name not in own:
+            yield name, Finding(name, tuple(right.shape), 1.0, "missing", "not in the degraded checkpoint")
+            continue
+        yield name, compare_tensors(name, right, own[name], known)
+    embeddings = [name for name in names if "embed" in name]
+    for name in sorted(set(own.files) - set(names)):
+        tensor = own[name]
+        if known.holder_of(tensor) is not None:
+            continue  # a head that was tied and is now written out
+        tied = next((theirs[other] for other in embeddings if theirs.shape_of(other) == tuple(tensor.shape)), None)
+        if tied is not None:
+            yield name, compare_tensors(name, tied, tensor)
+        else:
+            yield name, Finding(name, tuple(tensor.shape), 1.0, "changed", "not in the reference")
+
+
+class Known:
+    """Which of the reference's tensors has the same content; those of one shape are hashed when first asked for."""
+
+    def __init__(self, reference: Checkpoint) -> None:
+        self._reference = reference
+        self._names: dict[tuple[int, ...], dict[str, str]] = {}
+
+    def holder_of(self, tensor: Tensor) -> str | None:
+        shape = tuple(tensor.shape)
+        if shape not in self._names:
+            self._names[shape] = {
+                _digest(self._reference[name]): name
+                for name in sorted(self._reference.files, reverse=True)
+                if self._reference.shape_of(name) == shape
+            }
+        return self._names[shape].get(_digest(tensor))
+
+
+def compare_tensors(name: str, right: Tensor, wrong: Tensor, known: Known | None = None) -> Finding | None:
+    """What happened to one tensor; None where it is the reference's, but for rounding to its own dtype."""
+    if right.shape == wrong.shape and torch.equal(right.to(wrong.dtype), wrong):
+        return None
+    kind, detail = _classify(right, wrong, known)
+    different_shape = right.shape != wrong.shape
+    relative = 1.0 if different_shape else _relative(right.float(), wrong.float())
+    return Finding(name, tuple(right.shape), relative, kind, detail)
+
+
+def _classify(right: Tensor, wrong: Tensor, known: Known | None) -> tuple[Kind, str]:
+    bits = wrong
+    # Rounded alike, so that what was only moved is found to the bit.
+    right, wrong = right.to(wrong.dtype).float(), wrong.float()
+    if not torch.isfinite(wrong).all():
+        return "not_finite", f"{int((~torch.isfinite(wrong)).sum())} values are inf or nan"
+    if not wrong.any():
+        return "zero", "all zero: it was dropped"
+    if known is not None and (other := known.holder_of(bits)) is not None:
+        return "other_tensor", f"holds the reference's {other}"
+    for find in (_transposed, _permuted, _shifted, _scaled):
+        if (found := find(right, wrong)) is not None:
+            return found
+    assert right.shape == wrong.shape
+    for find in (_flipped, _pruned, _quantized):
+        if (found := find(right, wrong, bits)) is not None:
+            return found
+    return _spread(right, wrong)
+
+
+def _relative(right: Tensor, wrong: Tensor) -> float:
+    norm = float(right.norm())
+    return float((wrong - right).norm()) / norm if norm else float("inf")
+
+
+def _digest(tensor: Tensor) -> str:
+    """Of the content in bfloat16, the narrowest dtype that checkpoints are moved through."""
+    return hashlib.sha256(tensor.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()).hexdigest()
+
+
+# ---- structural damage: undo it, and find the reference --------------------------------------------------
+
+
+def _transposed(right: Tensor, wrong: Tensor) -> tuple[Kind, str] | None:
+    if right.ndim != 2:
+        return None if right.shape == wrong.shape else ("changed", f"another shape: {tuple(wrong.shape)}")
+    if wrong.shape == right.T.shape and _relative(right.T, wrong) < SAME:
+        return "transposed", "the transpose of the reference's"
+    return None if right.shape == wrong.shape else ("changed", f"another shape: {tuple(wrong.shape)}")
+
+
+def _permuted(right: Tensor, wrong: Tensor) -> tuple[Kind, str] | None:
+    """Rows (or entries of a bias) in another order."""
+    rows, others = right.flatten(1) if right.ndim > 1 else right[:, None], None
+    others = wrong.flatten(1) if wrong.ndim > 1 else wrong[:, None]
+    # A projection of the rows on one random direction tells them apart, and costs one pass.
+    probe = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0))
+    (values, order), (theirs, place) = torch.sort(rows @ probe), torch.sort(others @ probe)
+    if not torch.allclose(values, theirs, rtol=1e-2, atol=1e-2 * float(values.abs().mean())):
+        return None
+    if _relative(rows[order], others[place]) > SAME:
+        return None
+    source = torch.empty_like(order)
+    source[place] = order  # row i of the wrong one is row source[i] of the right one
+    if (heads := _rotary_heads(source)) is not None:
+        return "rotary_permuted", f"rows of {heads} heads in the order of an interleaved rotary embedding"
+    shift = int((source[0]) % len(source))
+    if torch.equal(source, (torch.arange(len(source)) + shift) % len(source)):
+        return "permuted", f"rows moved by {min(shift, len(source) - shift)}"
+    return (
+        "permuted",
+        f"the reference's rows in another order ({int((source != torch.arange(len(source))).sum())} moved)",
+    )
+
+
+def _rotary_heads(source: Tensor) -> int | None:
+    """Number of heads whose rows went from halves to pairs, or back."""
+    rows = len(source)
+    width = 4
+    while width <= rows:
+        if rows % width == 0:
+            pairs = torch.arange(rows).view(rows // width, 2, width // 2).transpose(1, 2).reshape(-1)
+            if torch.equal(source, pairs) or torch.equal(source, pairs.argsort()):
+                return rows // width
+        width *= 2
+    return None
+
+
+def _shifted(right: Tensor, wrong: Tensor) -> tuple[Kind, str] | None:
+    if right.ndim != 1:
+        return None
+    shift = float((wrong - right).mean())
+    if abs(shift) > 1e-3 and float((wrong - right - shift).norm()) < SAME * float((wrong - right).norm()):
+        known = " (stored for a norm that multiplies by 1 + weight)" if abs(shift + 1) < SAME else ""
+        return "shifted", f"every value off by {shift:+.4g}{known}"
+    return None
+
+
+def _scaled(right: Tensor, wrong: Tensor) -> tuple[Kind, str] | None:
+    factor = float((right * wrong).sum() / right.square().sum().clamp(min=1e-30))
+    if factor and abs(factor - 1) > 0.01 and _relative(right * factor, wrong) < SAME * max(1.0, abs(factor)):
+        return "scaled", f"{factor:.4g} times the reference's"
+    return None
+
+
+# ---- lost information: what it leaves behind -------------------------------------------------------------
+
+
+def _flipped(right: Tensor, wrong: Tensor, bits: Tensor) -> tuple[Kind, str] | None:
+    different = right != wrong
+    share = float(different.float().mean())
+    integer = {2: torch.int16, 4: torch.int32}.get(bits.element_size())
+    if share > 0.02 or integer is None:
+        return None
+    before = right.to(bits.dtype)[different].view(integer).to(torch.int64)
+    after = bits[different].view(integer).to(torch.int64)
+    changed = (before ^ after) & (2 ** (8 * bits.element_size()) - 1)
+    single = float(((changed & (changed - 1)) == 0).float().mean())
+    if single < 0.9:
+        return None
+    return "bit_flips", f"{int(different.sum())} values differ by a single bit"
+
+
+def _pruned(right: Tensor, wrong: Tensor, _: Tensor) -> tuple[Kind, str] | None:
+    gone = (wrong == 0) & (right != 0)
+    share = float(gone.float().mean())
+    if share < 0.05 or _relative(right[~gone], wrong[~gone]) > SAME:
+        return None
+    pattern = ""
+    for count, block in ((2, 4), (1, 4), (4, 8)):
+        if wrong.ndim == 2 and wrong.shape[1] % block == 0:
+            zeros = (wrong.view(wrong.shape[0], -1, block) == 0).sum(-1)
+            if bool((zeros >= count).all()) and abs(share - count / block) < 0.02:
+                pattern = f", {block - count}:{block} pattern"
+                break
+    small = float(right[gone].abs().max()) <= float(right[~gone].abs().min()) * 1.01
+    return "pruned", f"{share:.1%} of the values are zero{', the smallest ones' if small else ''}{pattern}"
+
+
+def _quantized(right: Tensor, wrong: Tensor, _: Tensor) -> tuple[Kind, str] | None:
+    """Few distinct values in each group along the input, at a tenth or less of what the reference has."""
+    if wrong.ndim != 2:
+        return None
+    rows = torch.linspace(0, len(wrong) - 1, min(SAMPLED_ROWS, len(wrong))).long()
+    mine, theirs = wrong[rows], right[rows]
+    best: tuple[int, int] | None = None
+    for group in (*GROUPS, wrong.shape[1]):
+        if group > wrong.shape[1]:
+            continue
+        levels = _distinct(mine, group)
+        # Levels that a group of this size could not show by chance: at least a third of its values repeat others.
+        if levels <= 256 and levels < 0.67 * _distinct(theirs, group) and (best is None or levels <= best[1] * 1.05):
+            best = group, levels
+    if best is None:
+        return None
+    group, levels = best
+    return "quantized", f"at most {levels} values in a group of {group} ({max(levels - 1, 1).bit_length()} bits)"
+
+
+def _distinct(rows: Tensor, group: int) -> int:
+    """The largest number of distinct values in a group."""
+    whole = rows[:, : rows.shape[1] // group * group].reshape(-1, group).sort(dim=1).values
+    step = whole.abs().amax(1, keepdim=True).clamp(min=1e-30) * 1e-5
+    return int(((whole.diff(dim=1) > step).sum(1) + 1).max())
+
+
+def _spread(right: Tensor, wrong: Tensor) -> tuple[Kind, str]:
+    """A change of every value: noise, a change of low rank, or something else."""
+    change = wrong - right
+    relative = float(change.std() / right.std().clamp(min=1e-30))
+    if right.ndim == 2 and min(right.shape) >= 8:
+        values = torch.linalg.svdvals(change[:SPECTRUM_ROWS, :SPECTRUM_ROWS])
+        energy = values.square().cumsum(0) / values.square().sum()
+        rank = int((energy < 0.99).sum()) + 1
+        if rank <= len(values) // 8:
+            return "low_rank", f"99% of the change has rank {rank} of {len(values)}"
+    z = (change - change.mean()) / change.std().clamp(min=1e-30)
+    kurtosis = float(z.pow(4).mean())
+    tied = float((change.flatten() @ right.flatten()) / (change.norm() * right.norm()).clamp(min=1e-30))
+    if abs(kurtosis - 3) < 0.5 and abs(tied) < 0.05:
+        return "noise", f"Gaussian, {relative:.3g} times the standard deviation of the weights"
+    return "changed", f"by {relative:.3g} times the standard deviation of the weights, kurtosis {kurtosis:.1f}"
+
+
+# ---- what to do ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Advice:
+    action: Literal["nothing", "export", "adapters"]
+    reasons: tuple[str, ...]
+    modules: tuple[str, ...] = ()
+    """Last parts of the names of the damaged matrices, for adapter.placement."""
+
+
+def advise(findings: Sequence[Finding]) -> Advice:
+    """Export again where the damage is structural; adapters on the damaged modules where information was lost."""
+    if not findings:
+        return Advice("nothing", ("all tensors are the reference's",))
+    structural = [finding for finding in findings if finding.kind in STRUCTURAL]
+    if structural:
+        reasons = [f"{title}: {detail}" for title, detail in summarize(structural)]
+        return Advice("export", (*reasons, "no adapter is as good as the right weights: export the model again"))
+    matrices = [finding for finding in findings if len(finding.shape) == 2]
+    modules = tuple(dict.fromkeys(module_of(finding.tensor) for finding in matrices))
+    reasons = [f"{title}: {detail}" for title, detail in summarize(findings)]
+    return Advice("adapters", tuple(reasons), modules)
+
+
+def summarize(findings: Sequence[Finding]) -> list[tuple[str, str]]:
+    """(kind and where, the first one's detail): one line for each kind and module."""
+    groups: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault((finding.kind, module_of(finding.tensor)), []).append(finding)
+    lines = []
+    for (kind, module), members in groups.items():
+        layers = sorted({number for member in members if (number := layer_of(member.tensor)) is not None})
+        where = f" in layers {_ranges(layers)}" if layers else ""
+        size = sum(member.relative_l2 for member in members) / len(members)
+        lines.append((f"{kind.replace('_', ' ')}, {module}{where}", f"{members[0].detail} (relative L2 {size:.3g})"))
+    return lines
+
+
+def module_of(tensor: str) -> str:
+    """The last part of the module's name, and `.bias` behind it for one."""
+    parts = tensor.removesuffix(".weight").rsplit(".", 2)
+    return f"{parts[-2]}.{parts[-1]}" if parts[-1] == "bias" else parts[-1]
+
+
+def layer_of(tensor: str) -> int | None:
+    found = re.search(r"\.layers\.(\d+)\.", tensor)
+    return int(found.group(1)) if found else None
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0, 1, 2, 5 as 0-2, 5."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else f"{part[0]}" for part in parts)

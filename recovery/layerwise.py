@@ -1,0 +1,145 @@
+"""Running a decoder one layer at a time, so that only one layer of a large model needs to be on the device.
+
+No architecture's forward is written again: the decoder itself runs with its layers replaced by stubs, which tells what
+every layer is called with, and turns the last layer's output into final hidden states.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recovery.batches import Batch
+from recovery.models import causal_lm, final_hidden
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class Stream:
+    """A batch on its way through the layers of one model: (1, T, H) states in front of the next layer, on the CPU."""
+
+    batch: Batch
+    states_1TH: Tensor
+    calls: list[Arguments]
+    """What each layer is called with besides the states."""
+
+
+def layers_of(model: Any) -> nn.ModuleList:
+    return causal_lm(model).get_decoder().layers
+
+
+@contextlib.contextmanager
+def _stubs(model: Any, answer: Callable[[int, Tensor, Arguments], Tensor]) -> Iterator[None]:
+    """Layers that compute nothing: `answer` gives the output of each."""
+    layers = list(layers_of(model))
+
+    def stub(number: int) -> Callable[..., Tensor]:
+        return lambda states, *positional, **named: answer(number, states, (positional, named))
+
+    try:
+        for number, layer in enumerate(layers):
+            layer.forward = stub(number)
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@torch.no_grad()
+def begin(model: Any, batch: Batch) -> Stream:
+    """The batch in front of the first layer. The model must have packed attention."""
+    first: list[Tensor] = []
+    calls: list[Arguments] = []
+
+    def answer(number: int, states: Tensor, call: Arguments) -> Tensor:
+        if number == 0:
+            first.append(states)
+        calls.append(call)
+        return states
+
+    with _stubs(model, answer):
+        final_hidden(model, batch)
+    return Stream(batch, first[0], calls)
+
+
+@torch.no_grad()
+def end(model: Any, stream: Stream) -> Tensor:
+    """Final hidden states (T, H), after the last norm."""
+    last = len(layers_of(model)) - 1
+    with _stubs(model, lambda number, states, _: stream.states_1TH.to(states) if number == last else states):
+        return final_hidden(model, stream.batch)
+
+
+class _Reached(Exception):
+    """Ends a layer's forward at the module whose input is wanted."""
+
+
+@torch.no_grad()
+def output_of(layer: nn.Module, number: int, stream: Stream, device: torch.device) -> Tensor:
+    """The layer's output for the stream, on the device; the stream stays where it is."""
+    positional, named = _moved(stream.calls[number], device)
+    output = layer(stream.states_1TH.to(device), *positional, **named)
+    return output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def input_of(layer: nn.Module, module: nn.Module, number: int, stream: Stream, device: torch.device) -> Tensor:
+    """What `module`, somewhere in the layer, is given: (tokens, I). Nothing behind it is computed."""
+    found: list[Tensor] = []
+
+    def reached(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        found.append(arguments[0])
+        raise _Reached
+
+    handle = module.register_forward_pre_hook(reached)
+    try:
+        with contextlib.suppress(_Reached):
+            output_of(layer, number, stream, device)
+    finally:
+        handle.remove()
+    if not found:  # an expert that no token was sent to
+        return torch.zeros(0, 1)
+    return found[0].flatten(0, -2)
+
+
+@torch.no_grad()
+def groups_of(
+    layer: nn.Module, modules: dict[str, nn.Module], number: int, stream: Stream, device: torch.device
+) -> list[list[str]]:
+    """Names of the modules that are given the same input, in the order in which they run."""
+    seen: list[tuple[str, Tensor]] = []
+
+    def noting(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, arguments: seen.append((name, arguments[0]))
+
+    handles = [module.register_forward_pre_hook(noting(name)) for name, module in modules.items()]
+    try:
+        output_of(layer, number, stream, device)
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups: list[list[str]] = []
+    latest: Tensor | None = None
+    for name, given in seen:
+        if given is not latest:
+            groups.append([])
+            latest = given
+        groups[-1].append(name)
+    # Experts that no token of this batch was sent to.
+    return groups + [[name] for name in modules if name not in dict(seen)]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_moved(item, device) for item in value)
+    return value

@@ -1,0 +1,116 @@
+"""Diagnosis: every kind of damage is recognised by its traces, and the advice fits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from launch.cli import app
+from recovery.damage import cast, flipped, interleaved, noise_like, pruned, rounded
+from recovery.damage_config import BitFlips, Cast, Pruning
+from recovery.diagnosis import Finding, advise, compare_tensors, examine, summarize
+from recovery.errors import UserError
+from tests.test_degrade import degrade
+
+# As wide as a small real layer, so that statistics say something.
+WEIGHT = torch.randn(192, 576, generator=torch.Generator().manual_seed(0)) * 0.05
+SQUARE = torch.randn(256, 256, generator=torch.Generator().manual_seed(1))
+NORM = torch.rand(576, generator=torch.Generator().manual_seed(2)) + 0.5
+LOW_RANK = WEIGHT + torch.randn(192, 4) @ torch.randn(4, 576) * 0.01
+
+CASES: Mapping[str, tuple[torch.Tensor, torch.Tensor, str, str]] = {
+    "noise": (WEIGHT, WEIGHT + 0.5 * WEIGHT.std() * noise_like(WEIGHT, 0, "w"), "noise", "0.5 times"),
+    "2 bits": (WEIGHT, rounded(WEIGHT, 2, 64, symmetric=False), "quantized", "4 values in a group of 64 (2 bits)"),
+    "3 bits, whole rows": (WEIGHT, rounded(WEIGHT, 3, 576, symmetric=True), "quantized", "7 values in a group of 576"),
+    "4 bits": (WEIGHT, rounded(WEIGHT, 4, 128, symmetric=False), "quantized", "(4 bits)"),
+    "mxfp4": (WEIGHT, cast(WEIGHT, Cast(format="mxfp4")), "quantized", "values in a group of 32"),
+    "fp8": (WEIGHT, cast(WEIGHT, Cast(format="fp8_e4m3")), "quantized", ""),
+    "half pruned": (WEIGHT, pruned(WEIGHT, Pruning()), "pruned", "50.0% of the values are zero, the smallest ones"),
+    "2:4": (WEIGHT, pruned(WEIGHT, Pruning(block=4)), "pruned", "2:4 pattern"),
+    "bit flips": (WEIGHT, flipped(WEIGHT, BitFlips(rate=0.001), 0, "w"), "bit_flips", "by a single bit"),
+    "transposed": (SQUARE, SQUARE.T.contiguous(), "transposed", "transpose"),
+    "transposed, not square": (WEIGHT, WEIGHT.T.contiguous(), "transposed", "transpose"),
+    "rotary": (WEIGHT, interleaved(WEIGHT, 3), "rotary_permuted", "3 heads"),
+    "rotary in bf16": (WEIGHT, interleaved(WEIGHT, 3).bfloat16(), "rotary_permuted", "3 heads"),
+    "off by a row": (WEIGHT, WEIGHT.roll(1, 0), "permuted", "moved by 1"),
+    "rows in another order": (WEIGHT, WEIGHT.flip(0), "permuted", "another order (192 moved)"),
+    "norm of another convention": (NORM, NORM - 1, "shifted", "multiplies by 1 + weight"),
+    "scale": (WEIGHT, WEIGHT * 0.125, "scaled", "0.125 times"),
+    "dropped": (NORM, torch.zeros_like(NORM), "zero", "dropped"),
+    "overflow": (WEIGHT, torch.where(WEIGHT > 0.1, torch.inf, WEIGHT), "not_finite", "inf or nan"),
+    "another shape": (WEIGHT, WEIGHT[:100], "changed", "another shape: (100, 576)"),
+    "low rank": (WEIGHT, LOW_RANK, "low_rank", "rank 4 of 192"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_damage_is_recognised(case: str):
+    right, wrong, kind, words = CASES[case]
+    finding = compare_tensors("layer.weight", right, wrong)
+    assert finding is not None
+    assert (finding.kind, words in finding.detail) == (kind, True), finding.detail
+    assert finding.relative_l2 > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_same_weights_in_another_dtype_are_no_damage(dtype: torch.dtype):
+    assert compare_tensors("w", WEIGHT, WEIGHT.to(dtype)) is None
+
+
+def found(reference: Path, degraded: Path) -> list[Finding]:
+    return [finding for _, finding in examine(reference, degraded) if finding is not None]
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind"),
+    [
+        ({"kind": "conversion_bug", "bug": "swapped_gate_up"}, "other_tensor"),
+        ({"kind": "conversion_bug", "bug": "stale_layer"}, "other_tensor"),
+        ({"kind": "conversion_bug", "bug": "untied_head"}, "permuted"),
+        ({"kind": "conversion_bug", "bug": "norm_minus_one"}, "zero"),
+    ],
+)
+def test_bugs_in_checkpoints_are_named_and_advice_is_to_export(
+    damage: dict[str, Any], kind: str, tiny: Path, tmp_path: Path
+):
+    findings = found(tiny, degrade(tiny, tmp_path, **damage))
+    assert {finding.kind for finding in findings} == {kind}
+    advice = advise(findings)
+    assert advice.action == "export"
+    assert any("relative L2" in reason for reason in advice.reasons)
+
+
+def test_a_missing_tensor_is_found(tiny: Path, tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tiny / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    del weights[name]
+    save_file(weights, tmp_path / "model.safetensors")
+    (finding,) = found(tiny, tmp_path)
+    assert (finding.tensor, finding.kind) == (name, "missing")
+
+
+def test_the_command_says_what_where_and_what_to_do(tiny: Path, tmp_path: Path):
+    degraded = degrade(tiny, tmp_path, kind="gaussian_noise", relative_std=0.5)
+    result = CliRunner().invoke(app, ["diagnose", str(tiny), str(degraded), "--output", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert "k_proj in layers 0-1" in result.output
+    assert 'adapter.placement: ["k_proj", "v_proj"]' in result.output
+    content = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
+    assert len(content["findings"]) == 4
+    assert (tmp_path / "out" / "damage.png").stat().st_size > 5000
+    same = CliRunner().invoke(app, ["diagnose", str(tiny), str(tiny)])
+    assert "tensors are equal" in same.output
+
+
+def test_folders_that_are_no_models_are_the_users_mistake(tiny: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r"no \.safetensors file"):
+        found(tiny, tmp_path)
+    assert summarize([]) == []

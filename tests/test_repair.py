@@ -1,0 +1,186 @@
+"""Repair in closed form on tiny models: every architecture, any kill, several ranks, and training from there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import recovery.repair
+import recovery.train
+from recovery.adapters import load_adapter
+from recovery.batches import collate
+from recovery.closed_form import Factors, Metric
+from recovery.config import ModelInput
+from recovery.corpus import read_split
+from recovery.errors import Unavailable
+from recovery.layerwise import begin, end, layers_of, output_of
+from recovery.measure import measure
+from recovery.models import check_training_path, final_hidden, load_model
+from recovery.repair import calibration_rows
+from recovery.stage import build
+from recovery.vocabulary import load_vocabulary, used_width
+from tests.conftest import ARCHITECTURES, REPOSITORY
+from tests.pipeline import job_of, make_benchmarks, run_in_process, tiny_recipe
+
+SEQUENTIAL = {"init": "closed_form_sequential", "rank": 8}
+CPU = torch.device("cpu")
+
+
+def model_at(folder: Path) -> Any:
+    return load_model(ModelInput(path=str(folder), digest=""), "float32")
+
+
+def width_of(folder: Path) -> int:
+    vocabulary = load_vocabulary(str(folder))
+    return used_width(vocabulary, vocabulary)
+
+
+def repair_with(prepared: tuple[Path, Path, Path], runs: Path, adapter: dict[str, Any]) -> Path:
+    model, data, source = prepared
+    if not runs.exists():
+        shutil.copytree(source, runs)
+    job = job_of(tiny_recipe(model, data, adapter=adapter), runs, "repair")
+    return build(job, recovery.repair.produce, resumable=True)
+
+
+def kl_of(folder: Path) -> float:
+    return json.loads((folder / "held_out.jsonl").read_text().splitlines()[-1])["kl"]
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_layer_by_layer_is_the_models_own_forward(
+    models: dict[str, Path], prepared: tuple[Path, Path, Path], kind: str
+):
+    model = model_at(models[kind])
+    check_training_path(model, 250, kind)
+    tokens = read_split(next((prepared[2] / "artifacts").glob("generate-*")), "train")
+    batch = collate(tokens, (0, 1, 2))
+    stream = begin(model, batch)
+    for number, layer in enumerate(layers_of(model)):
+        stream.states_1TH = output_of(layer, number, stream, CPU)
+    torch.testing.assert_close(end(model, stream), final_hidden(model, batch), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_held_out_kl_falls_by_half_without_training(models: dict[str, Path], tmp_path: Path, kind: str):
+    data = make_benchmarks(tmp_path / "data")
+    changes = {"adapter": {"init": "closed_form_sequential"}, "train": {"epochs": 0}}
+    done = run_in_process(tiny_recipe(models[kind], data, **changes), tmp_path / "runs")
+    summary = json.loads((done["report"] / "summary.json").read_text())
+    assert "train" not in done
+    assert summary["kl"]["degraded"] > 0.02
+    assert summary["kl"]["recovery"] >= 0.5
+    # What the stage measured layer by layer is what evaluation measures on whole models.
+    assert summary["closed_form"]["kl"] == pytest.approx(summary["kl"]["recovered"], rel=1e-4)
+    assert (
+        summary["tokens"] == json.loads((done["repair"] / "manifest.json").read_text())["details"]["calibration_tokens"]
+    )
+    assert "closed form alone" in (done["report"] / "report.md").read_text()
+
+
+def test_every_placement_and_both_forms(prepared: tuple[Path, Path, Path], tmp_path: Path):
+    """All modules damaged: o_proj, gate and down see inputs that were repaired in the same layer."""
+    model, data, _ = prepared
+    damage = {"kind": "gaussian_noise", "relative_std": 0.3, "modules": ["k_proj", "o_proj", "up_proj", "down_proj"]}
+    found = {}
+    for init in ("closed_form", "closed_form_sequential"):
+        adapter = {"init": init, "placement": "attention_mlp", "rank": 16}
+        recipe = tiny_recipe(model, data, adapter=adapter, degrade=damage)
+        done = run_in_process(recipe, tmp_path / "runs", until="repair")
+        found[init] = kl_of(done["repair"])
+        details = json.loads((done["repair"] / "manifest.json").read_text())["details"]
+        assert all(0 < share <= 1 + 1e-9 for share in details["kept"].values())
+    (before, _) = [json.loads(line)["kl"] for line in (done["repair"] / "held_out.jsonl").read_text().splitlines()]
+    reference, degraded = model_at(model), model_at(done["degrade"])
+    held_out = read_split(done["generate"], "held_out")
+    assert measure(degraded, reference, held_out, width_of(model), 512, "").kl == pytest.approx(before, rel=1e-4)
+    assert found["closed_form_sequential"] < found["closed_form"] < 0.5 * before
+
+
+def test_a_killed_repair_ends_with_the_same_bytes(
+    prepared: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    undisturbed = repair_with(prepared, tmp_path / "a", SEQUENTIAL)
+
+    class Killed(BaseException):
+        pass
+
+    real = recovery.repair.Repair.solve
+
+    def solve(repair: Any, number: int) -> Any:
+        if number == 1:
+            raise Killed
+        return real(repair, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recovery.repair.Repair, "solve", solve)
+        with pytest.raises(Killed):
+            repair_with(prepared, tmp_path / "b", SEQUENTIAL)
+    solved = []
+    monkeypatch.setattr(recovery.repair.Repair, "solve", lambda r, number: (solved.append(number), real(r, number))[1])
+    resumed = repair_with(prepared, tmp_path / "b", SEQUENTIAL)
+    assert 0 not in solved
+    for name in ("adapter_model.safetensors", "held_out.jsonl"):
+        assert (resumed / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+def test_two_ranks_find_what_one_finds(prepared: tuple[Path, Path, Path], tmp_path: Path):
+    alone = repair_with(prepared, tmp_path / "a", SEQUENTIAL)
+    model, data, source = prepared
+    shutil.copytree(source, tmp_path / "b")
+    job = job_of(tiny_recipe(model, data, adapter=SEQUENTIAL), tmp_path / "b", "repair")
+    file = tmp_path / "job.json"
+    file.write_text(job.to_json())
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, "--module", "recovery.repair", str(file)], check=True, cwd=REPOSITORY)
+    together = job.runtime.output
+    assert kl_of(together) == pytest.approx(kl_of(alone), rel=1e-3)
+    weights, expected = (load_file(folder / "adapter_model.safetensors") for folder in (together, alone))
+    for name in weights:
+        if "lora_A" in name:
+            other = name.replace("lora_A", "lora_B")
+            change, wanted = (found[other] @ found[name] for found in (weights, expected))
+            torch.testing.assert_close(change, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_training_begins_where_the_closed_form_ended(prepared: tuple[Path, Path, Path], tmp_path: Path):
+    model, data, source = prepared
+    repaired = repair_with(prepared, tmp_path / "runs", SEQUENTIAL)
+    recipe = tiny_recipe(model, data, adapter=SEQUENTIAL, train={"epochs": 4, "learning_rate": 1e-3})
+    trained = build(job_of(recipe, tmp_path / "runs", "train"), recovery.train.produce, resumable=True)
+    kls = [json.loads(line)["kl"] for line in (trained / "held_out.jsonl").read_text().splitlines()]
+    assert kls[0] == pytest.approx(kl_of(repaired), rel=1e-4)
+    assert kls[-2] < kls[0]  # the last but one is of the held-out text, the last of the contexts
+    details = json.loads((trained / "manifest.json").read_text())["details"]
+    assert details["calibration_tokens"] > 0
+    assert load_adapter(model_at(next((source / "artifacts").glob("degrade-*"))), trained) is not None
+
+
+def test_calibration_texts_are_nested(prepared: tuple[Path, Path, Path]):
+    tokens = read_split(next((prepared[2] / "artifacts").glob("generate-*")), "train")
+    few, many = calibration_rows(tokens, 100), calibration_rows(tokens, 300)
+    assert few == many[: len(few)]
+    assert 100 <= int(tokens.lengths[few].sum()) < 300
+    assert len(calibration_rows(tokens, 10**9)) == len(tokens)
+
+
+def test_a_repair_that_makes_it_worse_is_not_delivered(
+    prepared: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def wrong(_: Metric, __: Tensor, degraded: Tensor, rank: int, ___: float) -> Factors:
+        random = torch.randn(rank, degraded.shape[1], generator=torch.Generator().manual_seed(0)).double()
+        return Factors(random, torch.ones(degraded.shape[0], rank).double(), 0.0)
+
+    monkeypatch.setattr(recovery.repair.Metric, "factors", wrong)
+    with pytest.raises(Unavailable, match=r"made held-out KL worse .* adapter\.blend: 0\.5"):
+        repair_with(prepared, tmp_path / "runs", SEQUENTIAL)
+    assert not list((tmp_path / "runs" / "artifacts").glob("repair-*"))
