@@ -50,7 +50,10 @@ def render(findings: list[Finding], tensors: int, advice: Advice) -> str:
     lines += ["", CLOSINGS[advice.action]]
     if advice.action == "export":
         lines += [f"  - {reason}" for reason in advice.reasons]
+    if len([finding for finding in findings if len(finding.shape) != 2 or "embed" in finding.tensor]):
+        lines.append("  - embeddings, norms and biases get no adapter: write the reference's in their place")
     if advice.modules:
         lines.append(f"  adapter.placement: {json.dumps(list(advice.modules))}")
-        lines.append("  adapter.init: closed_form_sequential")
+        # The head lies outside the layers, which a closed form repairs.
+        lines.append(f"  adapter.init: {'zero' if 'lm_head' in advice.modules else 'closed_form_sequential'}")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from recovery.config import Adapter
+from recovery.damage_config import ALL
 from recovery.errors import UserError
 from recovery.files import read_json, write_atomic
 from recovery.placement import check_rank, patterns_of, select
@@ -39,7 +40,9 @@ def add_adapter(model: Any, adapter: Adapter, seed: int) -> Any:
         torch.manual_seed(seed)
         adapted: Any = get_peft_model(model, config, autocast_adapter_dtype=False)
     # The same short patterns in the file as in the recipe: 60 full names would say no more and load no better.
-    adapted.peft_config["default"].target_modules = set(patterns_of(adapter.placement))
+    patterns = patterns_of(adapter.placement)
+    short = {name.rsplit(".", 1)[-1] for name in names} if patterns == ALL else set(patterns)
+    adapted.peft_config["default"].target_modules = short
     return adapted
 
 

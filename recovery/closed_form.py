@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 TINY = 1e-30
+DEAD = 1e-7
+"""Singular values below this share of the largest are rounding."""
 
 
 @dataclass
@@ -83,7 +85,8 @@ class Metric:
         # M (C + l I)^(1/2), up to a rotation of the inputs that the last line undoes.
         whitened_OI = wanted_OI @ self.vectors_II / self.roots_I
         u_OK, s_K, v_KI = torch.linalg.svd(whitened_OI, full_matrices=False)
-        root_R = s_K[:rank].sqrt()
+        # Exact zeros where nothing is wanted: training may fill these ranks (recovery.repair keeps their random A).
+        root_R = torch.where(s_K > DEAD * s_K.max(), s_K, 0.0)[:rank].sqrt()
         energy = s_K.square()
         kept = float(energy[:rank].sum() / energy.sum()) if float(energy.sum()) > 0 else 1.0
         a_RI = root_R[:, None] * v_KI[:rank] / self.roots_I @ self.vectors_II.T

@@ -107,6 +107,9 @@ def pruned(weight_OI: Tensor, damage: Pruning) -> Tensor:
         raise UserError("degrade.block", f"{damage.block}, but a matrix has {inputs} inputs", "give a divisor of it")
     blocks = weight_OI.reshape(outputs, -1, damage.block).clone()
     gone = round(damage.sparsity * damage.block)
+    if not 0 < gone < damage.block:
+        found = f"{damage.sparsity}, which takes {gone} of every {damage.block}"
+        raise UserError("degrade.sparsity", found, "give a share between them")
     blocks.scatter_(2, blocks.abs().argsort(dim=2, stable=True)[..., :gone], 0.0)
     return blocks.view_as(weight_OI)
 

@@ -18,6 +18,7 @@ from recovery.artifacts import Workspace
 from recovery.config import DegradeJob
 from recovery.damage import cast, convert_badly, flipped, linear_names, noise_like, pruned, rounded
 from recovery.damage_config import BitFlips, Cast, ConversionBug, Damage, GaussianNoise, Pruning, Rounding
+from recovery.errors import UserError
 from recovery.models import load_model
 from recovery.placement import select
 from recovery.progress import progress
@@ -76,9 +77,10 @@ def apply_damage(model: Any, damage: Damage, seed: int) -> dict[str, dict[str, f
         before = {name: weight.clone() for name, weight in model.state_dict().items()}
         convert_badly(model, damage)
         after = model.state_dict()
-        return {
-            name: change_of(before[name], after[name]) for name in before if not torch.equal(before[name], after[name])
-        }
+        different = [name for name in before if not torch.equal(before[name], after[name])]
+        if not different:
+            raise UserError("degrade.bug", f"{damage.bug} changes no tensor of this model", "choose another")
+        return {name: change_of(before[name], after[name]) for name in different}
     listed: dict[str, dict[str, float]] = {}
     changes = changes_of(model, damage, seed)
     bar = progress(len(changes), "tensor", "degrade")

@@ -15,15 +15,18 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from recovery.errors import UserError
+from recovery.files import read_json
 
 Kind = Literal[
     "missing",
     "zero",
     "not_finite",
+    "misshapen",
+    "rounded",
     "other_tensor",
     "transposed",
     "rotary_permuted",
@@ -38,11 +41,28 @@ Kind = Literal[
     "changed",
 ]
 STRUCTURAL: frozenset[Kind] = frozenset(
-    {"missing", "zero", "other_tensor", "transposed", "rotary_permuted", "permuted", "shifted", "scaled"}
+    {
+        "missing",
+        "zero",
+        "not_finite",
+        "misshapen",
+        "other_tensor",
+        "transposed",
+        "rotary_permuted",
+        "permuted",
+        "shifted",
+        "scaled",
+    }
 )
-"""Damage that exporting the model again undoes, since the information is all there or was never written."""
+"""Damage that exporting the model again undoes: what is wrong is where values lie, or that they were not written."""
+EXACT = 1e-5
+"""Relative L2 of what is the same but for the order of a sum."""
 SAME = 0.02
 """Relative L2 below which a tensor counts as another one, but for rounding to a narrower dtype."""
+WHOLE = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes in which a checkpoint is deployed as it is; a cast to a narrower one is damage."""
+BUFFERS = ("inv_freq", "masked_bias", "attn.bias")
+"""Ends of the names of tensors that old checkpoints hold and no model needs."""
 GROUPS = (16, 32, 64, 128, 256)
 SPECTRUM_ROWS = 1024
 """Of a large matrix, the corner whose spectrum is taken: a change of low rank is so everywhere."""
@@ -69,9 +89,14 @@ class Checkpoint:
     files: dict[str, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for path in sorted(self.folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                self.files |= dict.fromkeys(file.keys(), path)
+        for path in weight_files(self.folder):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    self.files |= dict.fromkeys(file.keys(), path)
+            except (SafetensorError, OSError) as error:
+                found = f"not a whole safetensors file ({error})"
+                raise UserError(str(path), found, "copy or export it again") from error
+        self.files = {name: path for name, path in self.files.items() if not name.endswith(BUFFERS)}
         if not self.files:
             raise UserError(str(self.folder), "no .safetensors file in it", "give the folder of a complete model")
 
@@ -87,6 +112,15 @@ class Checkpoint:
             return tuple(file.get_slice(name).get_shape())
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads; others beside them (consolidated.safetensors) hold the same weights again."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted({folder / name for name in read_json(index)["weight_map"].values()})
+    whole = folder / "model.safetensors"
+    return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+
+
 def examine(reference: Path, degraded: Path) -> Iterator[tuple[str, Finding | None]]:
     """(tensor, what is wrong with it or None) for each of the reference's tensors, in their order by name."""
     theirs, own = Checkpoint(reference), Checkpoint(degraded)
@@ -94,10 +128,12 @@ def examine(reference: Path, degraded: Path) -> Iterator[tuple[str, Finding | No
     known = Known(theirs)
     for name in names:
         right = theirs[name]
-        if name not in own:
+        if name not in own and known.twin_of(name, own) is not None:
+            yield name, None  # tied to another tensor, and left out
+        elif name not in own:
             yield name, Finding(name, tuple(right.shape), 1.0, "missing", "not in the degraded checkpoint")
-            continue
-        yield name, compare_tensors(name, right, own[name], known)
+        else:
+            yield name, compare_tensors(name, right, own[name], known)
     embeddings = [name for name in names if "embed" in name]
     for name in sorted(set(own.files) - set(names)):
         tensor = own[name]
@@ -127,10 +163,18 @@ class Known:
             }
         return self._names[shape].get(_digest(tensor))
 
+    def twin_of(self, name: str, own: Checkpoint) -> str | None:
+        """Another tensor of the reference with the same content, which `own` has."""
+        digest, shape = _digest(self._reference[name]), self._reference.shape_of(name)
+        others = (other for other in own.files if other in self._reference and other != name)
+        same = (other for other in others if self._reference.shape_of(other) == shape)
+        return next((other for other in same if _digest(self._reference[other]) == digest), None)
+
 
 def compare_tensors(name: str, right: Tensor, wrong: Tensor, known: Known | None = None) -> Finding | None:
     """What happened to one tensor; None where it is the reference's, but for rounding to its own dtype."""
-    if right.shape == wrong.shape and torch.equal(right.to(wrong.dtype), wrong):
+    whole = wrong.dtype in WHOLE and bool(torch.isfinite(wrong).all())
+    if whole and right.shape == wrong.shape and torch.equal(right.to(wrong.dtype), wrong):
         return None
     kind, detail = _classify(right, wrong, known)
     different_shape = right.shape != wrong.shape
@@ -141,12 +185,17 @@ def compare_tensors(name: str, right: Tensor, wrong: Tensor, known: Known | None
 def _classify(right: Tensor, wrong: Tensor, known: Known | None) -> tuple[Kind, str]:
     bits = wrong
     # Rounded alike, so that what was only moved is found to the bit.
-    right, wrong = right.to(wrong.dtype).float(), wrong.float()
+    right, wrong = (right.to(wrong.dtype) if wrong.dtype in WHOLE else right).float(), wrong.float()
     if not torch.isfinite(wrong).all():
         return "not_finite", f"{int((~torch.isfinite(wrong)).sum())} values are inf or nan"
     if not wrong.any():
         return "zero", "all zero: it was dropped"
-    if known is not None and (other := known.holder_of(bits)) is not None:
+    alike = right.shape == wrong.shape and _relative(right, wrong) <= SAME
+    if alike:
+        for dtype in (torch.bfloat16, torch.float16):
+            if torch.equal(right.to(dtype).float(), wrong):
+                return "rounded", f"the reference's, rounded through {str(dtype).removeprefix('torch.')}"
+    if not alike and known is not None and (other := known.holder_of(bits)) is not None:
         return "other_tensor", f"holds the reference's {other}"
     for find in (_transposed, _permuted, _shifted, _scaled):
         if (found := find(right, wrong)) is not None:
@@ -173,16 +222,19 @@ def _digest(tensor: Tensor) -> str:
 
 def _transposed(right: Tensor, wrong: Tensor) -> tuple[Kind, str] | None:
     if right.ndim != 2:
-        return None if right.shape == wrong.shape else ("changed", f"another shape: {tuple(wrong.shape)}")
+        return None if right.shape == wrong.shape else ("misshapen", f"another shape: {tuple(wrong.shape)}")
     if wrong.shape == right.T.shape and _relative(right.T, wrong) < SAME:
         return "transposed", "the transpose of the reference's"
-    return None if right.shape == wrong.shape else ("changed", f"another shape: {tuple(wrong.shape)}")
+    return None if right.shape == wrong.shape else ("misshapen", f"another shape: {tuple(wrong.shape)}")
 
 
 def _permuted(right: Tensor, wrong: Tensor) -> tuple[Kind, str] | None:
     """Rows (or entries of a bias) in another order."""
-    rows, others = right.flatten(1) if right.ndim > 1 else right[:, None], None
-    others = wrong.flatten(1) if wrong.ndim > 1 else wrong[:, None]
+    if right.ndim == 0 or _relative(right, wrong) <= SAME:
+        return None
+    if right.ndim == 1 and (len(right.unique()) < len(right) or _relative(right.sort()[0], wrong.sort()[0]) > EXACT):
+        return None  # sorting any two lists of numbers brings them near each other
+    rows, others = (x.flatten(1) if x.ndim > 1 else x[:, None] for x in (right, wrong))
     # A projection of the rows on one random direction tells them apart, and costs one pass.
     probe = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0))
     (values, order), (theirs, place) = torch.sort(rows @ probe), torch.sort(others @ probe)
@@ -192,6 +244,8 @@ def _permuted(right: Tensor, wrong: Tensor) -> tuple[Kind, str] | None:
         return None
     source = torch.empty_like(order)
     source[place] = order  # row i of the wrong one is row source[i] of the right one
+    if torch.equal(source, torch.arange(len(source))):
+        return None
     if (heads := _rotary_heads(source)) is not None:
         return "rotary_permuted", f"rows of {heads} heads in the order of an interleaved rotary embedding"
     shift = int((source[0]) % len(source))
@@ -228,7 +282,7 @@ def _shifted(right: Tensor, wrong: Tensor) -> tuple[Kind, str] | None:
 
 def _scaled(right: Tensor, wrong: Tensor) -> tuple[Kind, str] | None:
     factor = float((right * wrong).sum() / right.square().sum().clamp(min=1e-30))
-    if factor and abs(factor - 1) > 0.01 and _relative(right * factor, wrong) < SAME * max(1.0, abs(factor)):
+    if factor and abs(factor - 1) > 0.01 and _relative(right * factor, wrong) < SAME:
         return "scaled", f"{factor:.4g} times the reference's"
     return None
 
@@ -331,9 +385,14 @@ def advise(findings: Sequence[Finding]) -> Advice:
     if structural:
         reasons = [f"{title}: {detail}" for title, detail in summarize(structural)]
         return Advice("export", (*reasons, "no adapter is as good as the right weights: export the model again"))
-    matrices = [finding for finding in findings if len(finding.shape) == 2]
-    modules = tuple(dict.fromkeys(module_of(finding.tensor) for finding in matrices))
-    reasons = [f"{title}: {detail}" for title, detail in summarize(findings)]
+    lost = [finding for finding in findings if finding.kind != "rounded"]
+    if not lost:
+        return Advice("nothing", ("the weights were rounded to another dtype on the way, which models bear",))
+    reasons = [f"{title}: {detail}" for title, detail in summarize(lost)]
+    matrices = [finding.tensor for finding in lost if len(finding.shape) == 2 and "embed" not in finding.tensor]
+    modules = tuple(dict.fromkeys(module_of(tensor) for tensor in matrices))
+    if len(matrices) < len(lost):
+        reasons.append("embeddings, norms and biases get no adapter: write the reference's in their place")
     return Advice("adapters", tuple(reasons), modules)
 
 

@@ -67,6 +67,18 @@ def patterns_of(placement: Placement | tuple[str, ...]) -> tuple[str, ...]:
     return placement if isinstance(placement, tuple) else PLACEMENTS[placement]
 
 
+def check_inside_layers(model: Any, names: Sequence[str]) -> None:
+    """Raise UserError for a module that a closed form cannot reach."""
+    inside = {id(module) for layer in model.get_decoder().layers for module in layer.modules()}
+    outside = [name for name in names if id(model.get_submodule(name)) not in inside]
+    if outside:
+        raise UserError(
+            "adapter.init",
+            f"{', '.join(outside)} lies outside the decoder's layers, which a closed form repairs",
+            "leave it out of adapter.placement, or set init: zero",
+        )
+
+
 def check_rank(model: Any, names: Sequence[str], rank: int) -> None:
     """Raise UserError when the rank exceeds the narrower side of an adapted module."""
     sides = {name: min(model.get_submodule(name).weight.shape) for name in names}

@@ -10,10 +10,11 @@ recovery.closed_form's. The artifact's folder is a PEFT adapter, with `held_out.
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,13 @@ from recovery.batches import collate, pack
 from recovery.closed_form import Metric, Moments
 from recovery.config import Adapter, RepairJob
 from recovery.corpus import TOKENIZER, Tokens, check_ids, read_split
-from recovery.errors import Unavailable, UserError
+from recovery.errors import Unavailable
 from recovery.files import write_atomic
 from recovery.layerwise import Stream, begin, end, groups_of, input_of, layers_of, output_of
 from recovery.loss import compare as compare_distributions
 from recovery.measure import Measurement, measurement_of
 from recovery.models import check_training_path, device, head_of, load_model, share_equal
+from recovery.placement import check_inside_layers, patterns_of, select
 from recovery.progress import progress
 from recovery.stage import run_stage
 from recovery.targets import DenseTargets
@@ -43,13 +45,14 @@ log = logging.getLogger("recover-lora")
 FORWARD_TOKENS = 2048
 """Tokens of one forward pass."""
 LAYERS = ".layers"
+LONGEST_WAIT = datetime.timedelta(hours=12)
 Solved = dict[str, Tensor]
 """`<module>.A` and `<module>.B` of one layer's modules."""
 
 
 @dataclass
 class Pair:
-    """The same text on its way through both models. measured: held-out text, which teaches nothing."""
+    """The same text on its way through both models. measured: text which teaches nothing."""
 
     reference: Stream
     student: Stream
@@ -78,8 +81,7 @@ class Repair:
         modules = self.adapters_in(number)
         if not modules:
             return {}, {}
-        first = next(pair for pair in self._pairs if not pair.measured)
-        layer, stream = self._subject(number, first)
+        layer, stream = self._subject(number, self._pairs[0])
         inside = {name: layer.get_submodule(name) for name in modules}
         solved: Solved = {}
         kept: dict[str, float] = {}
@@ -114,8 +116,9 @@ class Repair:
 
     def _metric(self, number: int, name: str) -> Metric | None:
         """Over all ranks; None where no token came by."""
-        moments: Moments | None = None
         reference = self.reference_layers[number]
+        wide: Any = reference.get_submodule(name)
+        moments = Moments.zero(wide.in_features, self._device)
         for pair in self._pairs:
             if pair.measured:
                 continue
@@ -127,12 +130,8 @@ class Repair:
                 theirs_TI = input_of(reference, module, number, pair.reference, self._device)
                 if theirs_TI.shape != own_TI.shape:  # routed to other experts: no token has both
                     theirs_TI = own_TI
-            if moments is None:
-                wide: Any = reference.get_submodule(name)
-                moments = Moments.zero(wide.in_features, self._device)
             if len(own_TI):
                 moments.add(own_TI, theirs_TI)
-        assert moments is not None, "every rank has calibration text"
         if self._ranks > 1:
             moments.all_reduce()
         return Metric(moments, self._adapter.damping) if float(moments.tokens) else None
@@ -143,7 +142,9 @@ class Repair:
         for key, tensor in solved.items():
             name, _, side = key.rpartition(".")
             weight = (modules[name].lora_A if side == "A" else modules[name].lora_B)["default"].weight
-            weight.copy_(tensor)
+            # Where nothing is wanted A keeps its random rows: with A and B both zero neither would ever learn.
+            kept = tensor.any(dim=1, keepdim=True) if side == "A" else torch.ones(1, 1, dtype=torch.bool)
+            weight.copy_(torch.where(kept.to(weight.device), tensor.to(weight), weight))
             if self._ranks > 1:  # the decompositions of two machines may differ in their last bits
                 torch.distributed.broadcast(weight, 0)
 
@@ -167,11 +168,10 @@ def pairs_of(
     """This rank's share of the rows, in front of the first layer. ranks: (rank, number of ranks)."""
     rank, count = ranks
     groups = pack(list(rows), tokens.lengths, FORWARD_TOKENS)
-    pairs = []
-    for group in groups[rank::count] or groups[:1]:
-        batch = collate(tokens, group)
-        pairs.append(Pair(begin(reference, batch), begin(adapted, batch), measured))
-    return pairs
+    own = groups[rank::count]
+    # A rank without text of its own goes the same way with another's, and learns nothing from it.
+    batches = [collate(tokens, group) for group in own or groups[:1]]
+    return [Pair(begin(reference, batch), begin(adapted, batch), measured or not own) for batch in batches]
 
 
 def calibration_rows(tokens: Tokens, wanted: int) -> list[int]:
@@ -209,7 +209,7 @@ def untouched(repair: Repair, pairs: Sequence[Pair]) -> None:
         repair.place(number, torch.device("cpu"))
 
 
-def walk(repair: Repair, folder: Path, *, leader: bool) -> dict[str, float]:
+def walk(repair: Repair, folder: Path, tick: Callable[[], None], *, leader: bool) -> dict[str, float]:
     """Solve and advance layer after layer; finished layers are read from `folder`. Returns what the factors keep."""
     kept: dict[str, float] = {}
     count = len(repair.student_layers)
@@ -228,6 +228,7 @@ def walk(repair: Repair, folder: Path, *, leader: bool) -> dict[str, float]:
                 temporary = path.with_suffix(".tmp")
                 save_file({key: tensor.contiguous() for key, tensor in solved.items()}, temporary)
                 temporary.replace(path)
+                tick()
         kept |= {f"{number}.{name}": share for name, share in shares.items()}
         repair.advance(number)
         repair.place(number, torch.device("cpu"))
@@ -242,6 +243,8 @@ def check_better(before: Measurement, after: Measurement, adapter: Adapter) -> N
     """Raise Unavailable for a repair that made the model worse: it is not delivered."""
     if after.kl < before.kl:
         return
+    if before.kl < 1e-6:
+        raise Unavailable("the degraded model gives the reference's distribution already: there is nothing to repair")
     remedy = "set adapter.init: zero"
     if adapter.init == "closed_form_sequential" and adapter.blend > 0.5:
         remedy = "set adapter.blend: 0.5, as much of the damage may lie in layers without an adapter"
@@ -251,7 +254,9 @@ def check_better(before: Measurement, after: Measurement, adapter: Adapter) -> N
 def produce(job: RepairJob, workspace: Workspace) -> dict[str, Any]:
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1:
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        # The others wait while the first rank measures the held-out text.
+        torch.distributed.init_process_group(backend, timeout=LONGEST_WAIT)
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     vocabulary = load_vocabulary(job.reference.path, job.reference.revision)
@@ -263,6 +268,7 @@ def produce(job: RepairJob, workspace: Workspace) -> dict[str, Any]:
     degraded = load_model(job.degraded, job.dtype, placed=False)
     reference = load_model(job.reference, job.dtype, placed=False)
     share_equal(degraded, reference)
+    check_inside_layers(degraded, select(degraded, patterns_of(job.adapter.placement), "adapter.placement", head=True))
     adapted = add_adapter(degraded, job.adapter, job.seed)
     for model, name in ((reference, "models.reference"), (adapted, "models.degraded")):
         check_training_path(model, width, name)
@@ -276,17 +282,11 @@ def produce(job: RepairJob, workspace: Workspace) -> dict[str, Any]:
     repair = Repair(reference, adapted, job.adapter, [*learning, *watching], ranks)
     inside = sum(len(repair.adapters_in(number)) for number in range(len(repair.student_layers)))
     parameters = adapter_parameters(adapted)
-    if inside != len(parameters) // 2:
-        raise UserError(
-            "adapter.init",
-            f"{len(parameters) // 2 - inside} of the adapted modules are outside the decoder's layers",
-            "a closed form repairs layers only: leave lm_head out of adapter.placement, or init: zero",
-        )
     before: Measurement | None = None
     if rank == 0:
         untouched(repair, degraded_texts := texts_to_watch())
         before = measured(*both, degraded_texts, width)
-    kept = walk(repair, workspace.path / LAYERS, leader=rank == 0)
+    kept = walk(repair, workspace.path / LAYERS, workspace.tick, leader=rank == 0)
     used = int(tokens.lengths[rows].sum())
     if before is not None:
         after = measured(*both, watching, width)

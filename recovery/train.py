@@ -131,6 +131,10 @@ class Watch:
         if self.best == len(self.kls) - 1:
             keep_weights(run, step)
 
+    def best_until(self, step: int) -> int:
+        """The step of the best measurement up to this step."""
+        return min((kl, taken) for kl, taken in zip(self.kls, self.steps, strict=True) if taken <= step)[1]
+
     @property
     def best(self) -> int:
         return min(range(len(self.kls)), key=self.kls.__getitem__)
@@ -338,9 +342,9 @@ def train(run: Run, workspace: Workspace | None) -> Watch:
             if run.leader:
                 save_checkpoint(run.folder / CHECKPOINTS, step, state)
                 # Not before: after a kill the steps behind the checkpoint are measured again.
-                for path in (run.folder / BEST).glob("step-*.safetensors"):
-                    if path != best_path(run.folder, watch.best_step):
-                        path.unlink()
+                wanted = {best_path(run.folder, watch.best_until(kept)) for kept in checkpoint_steps(run.folder)}
+                for path in set((run.folder / BEST).glob("step-*.safetensors")) - wanted:
+                    path.unlink()
                 assert workspace is not None
                 workspace.tick()
         if evaluate or checkpoint:
@@ -376,6 +380,11 @@ def keep_weights(run: Run, step: int) -> None:
         path = best_path(run.folder, step)
         path.parent.mkdir(exist_ok=True)
         write_atomic(path, save(weights))
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Of the checkpoints that are kept; a run may go on from either."""
+    return [int(note.stem.removeprefix("step-")) for note in (folder / CHECKPOINTS).glob("step-*.json")]
 
 
 def best_path(folder: Path, step: int) -> Path:

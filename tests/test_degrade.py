@@ -125,6 +125,8 @@ def test_pruning_zeroes_the_smallest():
     assert ((blocks == 0).sum(-1) == 2).all()
     with pytest.raises(UserError, match="160 inputs"):
         pruned(WEIGHT, Pruning(block=7))
+    with pytest.raises(UserError, match="takes 4 of every 4"):
+        pruned(WEIGHT, Pruning(sparsity=0.9, block=4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -203,5 +205,7 @@ def test_a_dropped_bias_and_a_head_of_its_own(models: dict[str, Path], tmp_path:
 def test_a_bug_that_the_architecture_cannot_have_is_the_users_mistake(tiny: Path, tmp_path: Path):
     with pytest.raises(UserError, match="layer 0 has none before it"):
         degrade(tiny, tmp_path, kind="conversion_bug", bug="stale_layer", layers=[0])
+    with pytest.raises(UserError, match="dropped_bias changes no tensor"):
+        degrade(tiny, tmp_path, kind="conversion_bug", bug="dropped_bias")
     with pytest.raises(UserError, match="there are 2 layers"):
         degrade(tiny, tmp_path, kind="conversion_bug", bug="transposed", layers=[9])

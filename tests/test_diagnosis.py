@@ -24,6 +24,16 @@ SQUARE = torch.randn(256, 256, generator=torch.Generator().manual_seed(1))
 NORM = torch.rand(576, generator=torch.Generator().manual_seed(2)) + 0.5
 LOW_RANK = WEIGHT + torch.randn(192, 4) @ torch.randn(4, 576) * 0.01
 
+SEEDED = torch.Generator().manual_seed(3)
+
+
+def low_bits(weight: torch.Tensor) -> torch.Tensor:
+    """The second lowest bit of ten values inverted."""
+    stored = weight.clone().view(torch.int32)
+    stored[:10, 0] ^= 2
+    return stored.view(torch.float32)
+
+
 CASES: Mapping[str, tuple[torch.Tensor, torch.Tensor, str, str]] = {
     "noise": (WEIGHT, WEIGHT + 0.5 * WEIGHT.std() * noise_like(WEIGHT, 0, "w"), "noise", "0.5 times"),
     "2 bits": (WEIGHT, rounded(WEIGHT, 2, 64, symmetric=False), "quantized", "4 values in a group of 64 (2 bits)"),
@@ -44,7 +54,15 @@ CASES: Mapping[str, tuple[torch.Tensor, torch.Tensor, str, str]] = {
     "scale": (WEIGHT, WEIGHT * 0.125, "scaled", "0.125 times"),
     "dropped": (NORM, torch.zeros_like(NORM), "zero", "dropped"),
     "overflow": (WEIGHT, torch.where(WEIGHT > 0.1, torch.inf, WEIGHT), "not_finite", "inf or nan"),
-    "another shape": (WEIGHT, WEIGHT[:100], "changed", "another shape: (100, 576)"),
+    "a norm with a little noise": (NORM, NORM + 0.01 * torch.randn(576, generator=SEEDED), "noise", "Gaussian"),
+    "a norm of ones, moved": (torch.ones(64), torch.ones(64) + 0.01 * torch.rand(64, generator=SEEDED), "changed", ""),
+    "a few low bits": (WEIGHT, low_bits(WEIGHT), "bit_flips", "by a single bit"),
+    "a norm's entries in another order": (NORM, NORM.flip(0), "permuted", "another order"),
+    "through bfloat16 and back": (WEIGHT, WEIGHT.bfloat16().float(), "rounded", "through bfloat16"),
+    "fp16 that overflowed": (WEIGHT * 1e6, (WEIGHT * 1e6).half(), "not_finite", "inf or nan"),
+    "float8 without a scale": (WEIGHT, WEIGHT.to(torch.float8_e4m3fn), "quantized", ""),
+    "a scalar": (torch.tensor(1.0), torch.tensor(1.5), "scaled", "1.5 times"),
+    "another shape": (WEIGHT, WEIGHT[:100], "misshapen", "another shape: (100, 576)"),
     "low rank": (WEIGHT, LOW_RANK, "low_rank", "rank 4 of 192"),
 }
 
@@ -97,6 +115,36 @@ def test_a_missing_tensor_is_found(tiny: Path, tmp_path: Path):
     assert (finding.tensor, finding.kind) == (name, "missing")
 
 
+def test_what_needs_no_export_and_no_adapter(tiny: Path, tmp_path: Path):
+    """Weights rounded on the way, a tied head written out, buffers of old checkpoints, a second copy beside them."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tiny / "model.safetensors")
+    more = {"lm_head.weight": weights["model.embed_tokens.weight"].clone(), "model.rotary_emb.inv_freq": torch.ones(8)}
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    save_file(weights | more, reference / "model.safetensors")
+    save_file({"tok_embeddings.weight": torch.ones(2, 2)}, reference / "consolidated.safetensors")
+    assert found(reference, tiny) == []
+    assert found(tiny, reference) == []
+    rounded_ = tmp_path / "rounded"
+    rounded_.mkdir()
+    save_file({name: tensor.bfloat16().float() for name, tensor in weights.items()}, rounded_ / "model.safetensors")
+    findings = found(tiny, rounded_)
+    assert {finding.kind for finding in findings} == {"rounded"}
+    assert advise(findings).action == "nothing"
+
+
+def test_advice_names_only_what_can_be_adapted():
+    def finding(tensor: str, *shape: int) -> Finding:
+        return Finding(tensor, shape, 0.5, "noise", "Gaussian")
+
+    names = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight")
+    advice = advise([finding(name, 8, 8) for name in names] + [finding("model.norm.weight", 8)])
+    assert (advice.action, advice.modules) == ("adapters", ("up_proj",))
+    assert "no adapter" in advice.reasons[-1]
+
+
 def test_the_command_says_what_where_and_what_to_do(tiny: Path, tmp_path: Path):
     degraded = degrade(tiny, tmp_path, kind="gaussian_noise", relative_std=0.5)
     result = CliRunner().invoke(app, ["diagnose", str(tiny), str(degraded), "--output", str(tmp_path / "out")])
@@ -114,3 +162,6 @@ def test_folders_that_are_no_models_are_the_users_mistake(tiny: Path, tmp_path: 
     with pytest.raises(UserError, match=r"no \.safetensors file"):
         found(tiny, tmp_path)
     assert summarize([]) == []
+    (tmp_path / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        found(tiny, tmp_path)

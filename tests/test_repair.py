@@ -21,7 +21,7 @@ from recovery.batches import collate
 from recovery.closed_form import Factors, Metric
 from recovery.config import ModelInput
 from recovery.corpus import read_split
-from recovery.errors import Unavailable
+from recovery.errors import Unavailable, UserError
 from recovery.layerwise import begin, end, layers_of, output_of
 from recovery.measure import measure
 from recovery.models import check_training_path, final_hidden, load_model
@@ -104,6 +104,28 @@ def test_every_placement_and_both_forms(prepared: tuple[Path, Path, Path], tmp_p
     held_out = read_split(done["generate"], "held_out")
     assert measure(degraded, reference, held_out, width_of(model), 512, "").kl == pytest.approx(before, rel=1e-4)
     assert found["closed_form_sequential"] < found["closed_form"] < 0.5 * before
+
+
+def test_adapters_without_damage_can_still_learn(prepared: tuple[Path, Path, Path], tmp_path: Path):
+    """Only K and V are damaged: A and B both zero would have no gradient for ever."""
+    done = repair_with(prepared, tmp_path / "runs", {"init": "closed_form", "placement": ["all"], "rank": 8})
+    weights = load_file(done / "adapter_model.safetensors")
+    config = json.loads((done / "adapter_config.json").read_text())
+    assert set(config["target_modules"]) == {name.split(".")[-3] for name in weights}
+    for name, tensor in weights.items():
+        if "lora_A" in name:
+            assert tensor.any(dim=1).all()
+        else:
+            assert bool(tensor.any()) == ("k_proj" in name or "v_proj" in name)
+    base = model_at(next((prepared[2] / "artifacts").glob("degrade-*")))
+    assert load_adapter(base, done) is not None
+
+
+def test_a_head_is_refused_before_anything_starts(models: dict[str, Path], tmp_path: Path):
+    data = make_benchmarks(tmp_path / "data")
+    adapter = {"init": "closed_form", "placement": ["k_proj", "lm_head"]}
+    with pytest.raises(UserError, match=r"lm_head lies outside the decoder's layers"):
+        job_of(tiny_recipe(models["olmo"], data, adapter=adapter), tmp_path / "runs", "repair")
 
 
 def test_a_killed_repair_ends_with_the_same_bytes(
