@@ -127,5 +127,5 @@ def test_run_again_reuses_every_stage(undisturbed: tuple[Path, str]):
     runs, printed = undisturbed
     again = run(runs)
     assert again.returncode == 0
-    assert again.stderr.count("reused") == 8
+    assert again.stderr.count("reused") == 9
     assert again.stdout == printed
