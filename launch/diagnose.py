@@ -48,10 +48,7 @@ def render(findings: list[Finding], tensors: int, advice: Advice) -> str:
     lines = [f"{len(findings)} of {tensors} tensors differ" if findings else f"all {tensors} tensors are equal", ""]
     lines += [f"  {title}\n      {detail}" for title, detail in summarize(findings)]
     lines += ["", CLOSINGS[advice.action]]
-    if advice.action == "export":
-        lines += [f"  - {reason}" for reason in advice.reasons]
-    if len([finding for finding in findings if len(finding.shape) != 2 or "embed" in finding.tensor]):
-        lines.append("  - embeddings, norms and biases get no adapter: write the reference's in their place")
+    lines += [f"  - {reason}" for reason in advice.reasons]
     if advice.modules:
         lines.append(f"  adapter.placement: {json.dumps(list(advice.modules))}")
         # The head lies outside the layers, which a closed form repairs.

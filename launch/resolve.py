@@ -31,7 +31,7 @@ from recovery.damage_config import ConversionBug
 from recovery.deepspeed_config import read_deepspeed
 from recovery.errors import UserError, UserErrors
 from recovery.files import HashMemory
-from recovery.placement import check_inside_layers, check_rank, patterns_of, select, skeleton
+from recovery.placement import check_adapter, select, skeleton
 from recovery.vocabulary import Vocabulary, load_vocabulary, used_width
 
 Result = TypeVar("Result")
@@ -127,12 +127,7 @@ def check_models(recipe: Recipe, names: Names) -> None:
     student = names.degraded or names.reference
     model = faults.attempt(lambda: skeleton(student.path, student.revision))
     if model is not None:
-        patterns = patterns_of(recipe.adapter.placement)
-        if recipe.adapter.init != "zero":
-            faults.attempt(lambda: check_inside_layers(model, select(model, patterns, "adapter.placement", head=True)))
-        faults.attempt(
-            lambda: check_rank(model, select(model, patterns, "adapter.placement", head=True), recipe.adapter.rank)
-        )
+        faults.attempt(lambda: check_adapter(model, recipe.adapter))
         if (damage := recipe.degrade) is not None and not isinstance(damage, ConversionBug):
             faults.attempt(lambda: select(model, damage.modules, "degrade.modules"))
     faults.stop_if_any()

@@ -14,7 +14,7 @@ from recovery.config import Adapter
 from recovery.damage_config import ALL
 from recovery.errors import UserError
 from recovery.files import read_json, write_atomic
-from recovery.placement import check_rank, patterns_of, select
+from recovery.placement import check_adapter, patterns_of
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -26,8 +26,7 @@ def add_adapter(model: Any, adapter: Adapter, seed: int) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
-    names = select(model, patterns_of(adapter.placement), "adapter.placement", head=True)
-    check_rank(model, names, adapter.rank)
+    names = check_adapter(model, adapter)
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.effective_alpha,

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from recovery.damage_config import BitFlips, Bug, Cast, ConversionBug, Pruning
 from recovery.errors import UserError
-from recovery.placement import linear_modules
 
 MX_BLOCK = 32
 MINIFLOATS = {
@@ -211,8 +210,3 @@ def convert_badly(model: Any, damage: ConversionBug) -> None:
         raise UserError(
             "degrade.bug", f"{damage.bug}: this architecture has no such part ({error})", "choose another"
         ) from error
-
-
-def linear_names(model: Any) -> list[str]:
-    """Full names of all linear modules but the head."""
-    return list(linear_modules(model))

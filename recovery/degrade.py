@@ -16,8 +16,8 @@ from torch import Tensor
 
 from recovery.artifacts import Workspace
 from recovery.config import DegradeJob
-from recovery.damage import cast, convert_badly, flipped, linear_names, noise_like, pruned, rounded
-from recovery.damage_config import BitFlips, Cast, ConversionBug, Damage, GaussianNoise, Pruning, Rounding
+from recovery.damage import cast, convert_badly, flipped, noise_like, pruned, rounded
+from recovery.damage_config import ALL, BitFlips, Cast, ConversionBug, Damage, GaussianNoise, Pruning, Rounding
 from recovery.errors import UserError
 from recovery.models import load_model
 from recovery.placement import select
@@ -38,7 +38,7 @@ def changes_of(model: Any, damage: Damage, seed: int) -> dict[str, Change]:
         changes = dict.fromkeys(names, _rounding(damage, damage.bits))
         if damage.rest_bits is not None:
             rest = _rounding(damage, damage.rest_bits)
-            changes |= {name: rest for name in linear_names(model) if name not in changes}
+            changes |= {name: rest for name in select(model, ALL, "degrade.rest_bits") if name not in changes}
         return changes
     if isinstance(damage, Cast):
         return dict.fromkeys(names, lambda _, weight: cast(weight.float(), damage))

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,40 +21,20 @@ from torch import Tensor
 from recovery.errors import UserError
 from recovery.files import read_json
 
-Kind = Literal[
+Structural = Literal[
     "missing",
     "zero",
     "not_finite",
     "misshapen",
-    "rounded",
     "other_tensor",
     "transposed",
     "rotary_permuted",
     "permuted",
     "shifted",
     "scaled",
-    "pruned",
-    "quantized",
-    "bit_flips",
-    "noise",
-    "low_rank",
-    "changed",
 ]
-STRUCTURAL: frozenset[Kind] = frozenset(
-    {
-        "missing",
-        "zero",
-        "not_finite",
-        "misshapen",
-        "other_tensor",
-        "transposed",
-        "rotary_permuted",
-        "permuted",
-        "shifted",
-        "scaled",
-    }
-)
 """Damage that exporting the model again undoes: what is wrong is where values lie, or that they were not written."""
+Kind = Structural | Literal["rounded", "pruned", "quantized", "bit_flips", "noise", "low_rank", "changed"]
 EXACT = 1e-5
 """Relative L2 of what is the same but for the order of a sum."""
 SAME = 0.02
@@ -381,19 +361,17 @@ def advise(findings: Sequence[Finding]) -> Advice:
     """Export again where the damage is structural; adapters on the damaged modules where information was lost."""
     if not findings:
         return Advice("nothing", ("all tensors are the reference's",))
-    structural = [finding for finding in findings if finding.kind in STRUCTURAL]
+    structural = [finding for finding in findings if finding.kind in get_args(Structural)]
     if structural:
         reasons = [f"{title}: {detail}" for title, detail in summarize(structural)]
         return Advice("export", (*reasons, "no adapter is as good as the right weights: export the model again"))
     lost = [finding for finding in findings if finding.kind != "rounded"]
     if not lost:
         return Advice("nothing", ("the weights were rounded to another dtype on the way, which models bear",))
-    reasons = [f"{title}: {detail}" for title, detail in summarize(lost)]
     matrices = [finding.tensor for finding in lost if len(finding.shape) == 2 and "embed" not in finding.tensor]
     modules = tuple(dict.fromkeys(module_of(tensor) for tensor in matrices))
-    if len(matrices) < len(lost):
-        reasons.append("embeddings, norms and biases get no adapter: write the reference's in their place")
-    return Advice("adapters", tuple(reasons), modules)
+    rest = "embeddings, norms and biases get no adapter: write the reference's in their place"
+    return Advice("adapters", (rest,) if len(matrices) < len(lost) else (), modules)
 
 
 def summarize(findings: Sequence[Finding]) -> list[tuple[str, str]]:

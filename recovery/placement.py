@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from recovery.config import Placement
+from recovery.config import Adapter, Placement
 from recovery.damage_config import ALL
 from recovery.errors import UserError
 
@@ -49,9 +49,9 @@ def select(model: Any, patterns: Sequence[str], where: str, *, head: bool = Fals
 
     Raises UserError listing what there was for a pattern that matches nothing.
     """
-    names = list(linear_modules(model, head=head))
     if tuple(patterns) == ALL:
         return list(linear_modules(model))
+    names = list(linear_modules(model, head=head))
     chosen = {
         pattern: [name for name in names if name == pattern or name.endswith(f".{pattern}")] for pattern in patterns
     }
@@ -89,3 +89,13 @@ def check_rank(model: Any, names: Sequence[str], rank: int) -> None:
             f"{rank}, but {narrowest} has full rank {sides[narrowest]}",
             "lower it, or adapt others",
         )
+
+
+def check_adapter(model: Any, adapter: Adapter) -> list[str]:
+    """Full names of the modules that the adapter sits on. Raises UserError where there is none, where a closed form
+    cannot reach one, or where the rank is too high."""
+    names = select(model, patterns_of(adapter.placement), "adapter.placement", head=True)
+    if adapter.init != "zero":
+        check_inside_layers(model, names)
+    check_rank(model, names, adapter.rank)
+    return names

@@ -35,7 +35,6 @@ from recovery.layerwise import Stream, begin, end, groups_of, input_of, layers_o
 from recovery.loss import compare as compare_distributions
 from recovery.measure import Measurement, measurement_of
 from recovery.models import check_training_path, device, head_of, load_model, share_equal
-from recovery.placement import check_inside_layers, patterns_of, select
 from recovery.progress import progress
 from recovery.stage import run_stage
 from recovery.targets import DenseTargets
@@ -268,7 +267,6 @@ def produce(job: RepairJob, workspace: Workspace) -> dict[str, Any]:
     degraded = load_model(job.degraded, job.dtype, placed=False)
     reference = load_model(job.reference, job.dtype, placed=False)
     share_equal(degraded, reference)
-    check_inside_layers(degraded, select(degraded, patterns_of(job.adapter.placement), "adapter.placement", head=True))
     adapted = add_adapter(degraded, job.adapter, job.seed)
     for model, name in ((reference, "models.reference"), (adapted, "models.degraded")):
         check_training_path(model, width, name)
