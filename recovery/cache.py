@@ -9,7 +9,6 @@ Ranks share the blocks; a restart goes on with those that are missing. The forma
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from recovery.batches import collate, loss_positions, pack
 from recovery.config import CacheJob, Dtype, HiddenStatesTeacher, SparseLogitsTeacher
 from recovery.corpus import Tokens, check_ids, read_split, read_table, shards_of
 from recovery.head import Head
-from recovery.models import TORCH_DTYPES, check_training_path, device, final_hidden, head_of, load_model
+from recovery.models import TORCH_DTYPES, check_training_path, device, final_hidden, head_of, join_ranks, load_model
 from recovery.progress import progress
 from recovery.stage import run_stage
 from recovery.teacher_cache import block_path, blocks_of, bytes_per_token, write_block, write_head
@@ -178,11 +177,7 @@ def fill(folder: Path, tokens: Tokens, token_bytes: int, compute: Compute, rank:
 
 
 def produce(job: CacheJob, workspace: Workspace) -> dict[str, Any]:
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks > 1:
-        torch.distributed.init_process_group("gloo")
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    rank, ranks = join_ranks("gloo")
     vocabulary = load_vocabulary(job.reference.path, job.reference.revision)
     width = min(vocabulary.size, vocabulary.head_width)
     texts = {"train": read_split(job.corpus.path, "train"), "held_out": read_split(job.corpus.path, "held_out")}

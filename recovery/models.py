@@ -5,7 +5,9 @@ T tokens, H hidden width, V logits in use.
 
 from __future__ import annotations
 
+import datetime
 import logging
+import os
 import warnings
 from typing import Any, cast
 
@@ -45,6 +47,16 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def join_ranks(backend: str, timeout: datetime.timedelta | None = None) -> tuple[int, int]:
+    """(rank, number of ranks) as torchrun gives them, joined where there are several; each has its own device."""
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        torch.distributed.init_process_group(backend, timeout=timeout)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return rank, ranks
 
 
 def attention_kind(config: Any) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ from recovery.files import write_atomic
 from recovery.layerwise import Stream, begin, end, groups_of, input_of, layers_of, output_of
 from recovery.loss import compare as compare_distributions
 from recovery.measure import Measurement, measurement_of
-from recovery.models import check_training_path, device, head_of, load_model, share_equal
+from recovery.models import check_training_path, device, head_of, join_ranks, load_model, share_equal
 from recovery.progress import progress
 from recovery.stage import run_stage
 from recovery.targets import DenseTargets
@@ -251,13 +250,8 @@ def check_better(before: Measurement, after: Measurement, adapter: Adapter) -> N
 
 
 def produce(job: RepairJob, workspace: Workspace) -> dict[str, Any]:
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks > 1:
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        # The others wait while the first rank measures the held-out text.
-        torch.distributed.init_process_group(backend, timeout=LONGEST_WAIT)
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # The others wait while the first rank measures the held-out text.
+    rank, ranks = join_ranks("nccl" if torch.cuda.is_available() else "gloo", LONGEST_WAIT)
     vocabulary = load_vocabulary(job.reference.path, job.reference.revision)
     width = used_width(vocabulary, load_vocabulary(job.degraded.path, job.degraded.revision))
     compare(vocabulary, load_vocabulary(str(job.corpus.path / TOKENIZER), model=False), str(job.corpus.path))
