@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +12,34 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from recovery.config import Adapter
-from recovery.damage_config import ALL
 from recovery.errors import UserError
 from recovery.files import read_json, write_atomic
-from recovery.placement import check_adapter, patterns_of
+from recovery.placement import check_adapter, expert_parameters, patterns_of, short_names
 
 WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 
 
-def add_adapter(model: Any, adapter: Adapter, seed: int) -> Any:
+def add_adapter(model: Any, adapter: Adapter, seed: int, ranks: Mapping[str, int] | None = None) -> Any:
     """A PeftModel around `model`, with float32 or model-dtype A and B; only they require a gradient.
 
     A is Kaiming-uniform by PEFT's default, drawn from `seed`; B is zero, so the adapted model starts as the degraded.
+    ranks: of each module by full name, for placement auto.
     """
     from peft import LoraConfig, get_peft_model
 
-    names = check_adapter(model, adapter)
+    names = list(ranks) if ranks is not None else check_adapter(model, adapter)
+    experts = expert_parameters(model)
+    modules = [name for name in names if name not in experts]
+    parameters = [name for name in names if name in experts]
+    pattern = dict(ranks or {})
     config = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.effective_alpha,
-        target_modules=names,
+        r=max(pattern.values(), default=adapter.rank),
+        lora_alpha=max(pattern.values(), default=adapter.effective_alpha),
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        target_modules=modules,
+        target_parameters=parameters or None,
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
@@ -39,10 +48,16 @@ def add_adapter(model: Any, adapter: Adapter, seed: int) -> Any:
         torch.manual_seed(seed)
         adapted: Any = get_peft_model(model, config, autocast_adapter_dtype=False)
     # The same short patterns in the file as in the recipe: 60 full names would say no more and load no better.
-    patterns = patterns_of(adapter.placement)
-    short = {name.rsplit(".", 1)[-1] for name in names} if patterns == ALL else set(patterns)
-    adapted.peft_config["default"].target_modules = short
+    if ranks is None:
+        own = adapted.peft_config["default"]
+        own.target_modules = short_names(modules, patterns_of(adapter.placement))
+        own.target_parameters = sorted({".".join(name.split(".")[-2:]) for name in parameters}) or None
     return adapted
+
+
+def ranks_in(folder: Path) -> dict[str, int] | None:
+    """The modules' ranks of a saved adapter that has one for each; None for one rank everywhere."""
+    return read_json(folder / CONFIG)["rank_pattern"] or None
 
 
 def adapter_parameters(model: Any) -> dict[str, nn.Parameter]:
@@ -60,7 +75,7 @@ def save_adapter(model: Any, folder: Path, weights: dict[str, Tensor], base: str
     model.peft_config["default"].base_model_name_or_path = base
     model.save_pretrained(folder, state_dict=weights, safe_serialization=True)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card template
-    path = folder / "adapter_config.json"
+    path = folder / CONFIG
     config = read_json(path)
     # A set has no order of its own: sorted, equal adapters have equal files.
     config["target_modules"] = sorted(config["target_modules"])

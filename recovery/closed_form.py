@@ -13,6 +13,10 @@ Both are one formula. With C = E[x_s x_s^T], X = E[x_t x_s^T] and a ridge l, the
 M = (W_ref (a X + (1 - a) C) - W_deg C + l (W_ref - W_deg)) (C + l I)^-1, and the best rank-R one truncates the singular
 value decomposition of M (C + l I)^(1/2). The ridge pulls towards the plain difference of weights, not towards zero, and
 the same ridged moment is in both places, so that moments without full rank do no harm.
+
+Outputs need not count alike: with G = E[g g^T], g the gradient of the reference's log-probabilities to the layer's
+output (recovery.curvature), the change D of the weights costs 1/2 tr(G D C D^T) nats a token, and the best rank-R one
+truncates G^(1/2) M (C + l I)^(1/2).
 """
 
 from __future__ import annotations
@@ -42,6 +46,12 @@ class Moments:
     def zero(cls, width: int, device: torch.device) -> Moments:
         own, cross = (torch.zeros(width, width, dtype=torch.float64, device=device) for _ in range(2))
         return cls(own, cross, torch.zeros((), dtype=torch.float64, device=device))
+
+    @classmethod
+    def alike(cls, width: int, device: torch.device) -> Moments:
+        """All inputs count alike: the closed form is then the truncated singular value decomposition."""
+        own, cross = (torch.eye(width, dtype=torch.float64, device=device) for _ in range(2))
+        return cls(own, cross, torch.ones((), dtype=torch.float64, device=device))
 
     def add(self, student_TI: Tensor, reference_TI: Tensor) -> None:
         """Inputs at the same tokens; products in float32 at least, summed in float64."""
@@ -77,17 +87,58 @@ class Metric:
         values_I, self.vectors_II = torch.linalg.eigh((self.own_II + self.own_II.T) / 2)
         self.roots_I = (values_I.clamp(min=0.0) + self.ridge).sqrt()
 
-    def factors(self, reference_OI: Tensor, degraded_OI: Tensor, rank: int, blend: float) -> Factors:
-        """The best A and B for these weights. blend: the share a of the reference's own input in the target."""
-        reference_OI, degraded_OI = reference_OI.double(), degraded_OI.double()
-        wanted_OI = reference_OI @ (blend * self.cross_II + (1 - blend) * self.own_II) - degraded_OI @ self.own_II
-        wanted_OI += self.ridge * (reference_OI - degraded_OI)
-        # M (C + l I)^(1/2), up to a rotation of the inputs that the last line undoes.
-        whitened_OI = wanted_OI @ self.vectors_II / self.roots_I
+    def factors(
+        self, reference_OI: Tensor, degraded_OI: Tensor, rank: int, blend: float, outputs: OutputMetric | None = None
+    ) -> Factors:
+        """The best A and B for these weights; arguments as for `whitened`."""
+        whitened_OI = self.whitened(reference_OI, degraded_OI, blend, outputs)
         u_OK, s_K, v_KI = torch.linalg.svd(whitened_OI, full_matrices=False)
         # Exact zeros where nothing is wanted: training may fill these ranks (recovery.repair keeps their random A).
         root_R = torch.where(s_K > DEAD * s_K.max(), s_K, 0.0)[:rank].sqrt()
         energy = s_K.square()
         kept = float(energy[:rank].sum() / energy.sum()) if float(energy.sum()) > 0 else 1.0
         a_RI = root_R[:, None] * v_KI[:rank] / self.roots_I @ self.vectors_II.T
-        return Factors(a_RI, u_OK[:, :rank] * root_R, kept)
+        b_OR = u_OK[:, :rank] * root_R
+        return Factors(a_RI, b_OR if outputs is None else outputs.undo(b_OR), kept)
+
+    def whitened(
+        self, reference_OI: Tensor, degraded_OI: Tensor, blend: float, outputs: OutputMetric | None = None
+    ) -> Tensor:
+        """The wanted change in the metric of inputs and outputs, up to rotations of both: its singular values squared
+        are what each rank is worth. blend: the share a of the reference's own input in the target; outputs: how much
+        each of them counts; None: all alike.
+        """
+        reference_OI, degraded_OI = reference_OI.double(), degraded_OI.double()
+        wanted_OI = reference_OI @ (blend * self.cross_II + (1 - blend) * self.own_II) - degraded_OI @ self.own_II
+        wanted_OI += self.ridge * (reference_OI - degraded_OI)
+        # M (C + l I)^(1/2), up to a rotation of the inputs that `factors` undoes.
+        whitened_OI = wanted_OI @ self.vectors_II / self.roots_I
+        return whitened_OI if outputs is None else outputs.weigh(whitened_OI)
+
+
+class OutputMetric:
+    """The ridged square root of G: how much the outputs of a layer count, up to a factor."""
+
+    def __init__(self, curvature: Tensor, damping: float) -> None:
+        """curvature: G (O, O), or its diagonal (O) alone, any float dtype. damping: the ridge, as a share of its mean
+        diagonal."""
+        curvature = curvature.double()
+        whole = curvature.dim() == 2
+        self.mean = float((curvature.diagonal() if whole else curvature).mean()) + TINY
+        """By which G is divided."""
+        curvature = curvature / self.mean
+        if whole:
+            values_O, self._vectors_OO = torch.linalg.eigh((curvature + curvature.T) / 2)
+        else:
+            values_O, self._vectors_OO = curvature, None
+        self._roots_O1 = (values_O.clamp(min=0.0) + damping).sqrt()[:, None]
+
+    def weigh(self, change_OI: Tensor) -> Tensor:
+        """G^(1/2) times the change, up to a rotation of the outputs that `undo` knows."""
+        rotated_OI = change_OI if self._vectors_OO is None else self._vectors_OO.T @ change_OI
+        return self._roots_O1 * rotated_OI
+
+    def undo(self, b_OR: Tensor) -> Tensor:
+        """G^(-1/2) times b."""
+        scaled_OR = b_OR / self._roots_O1
+        return scaled_OR if self._vectors_OO is None else self._vectors_OO @ scaled_OR

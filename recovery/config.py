@@ -41,33 +41,50 @@ class Models(Config):
     else float32."""
 
 
-Placement = Literal["kv", "attention", "attention_mlp"]
-AdapterInit = Literal["zero", "closed_form", "closed_form_sequential"]
+Placement = Literal["kv", "attention", "attention_mlp", "auto"]
+AdapterInit = Literal["zero", "svd", "closed_form", "closed_form_sequential"]
 
 
 class Adapter(Config):
     placement: Placement | tuple[str, ...] = "kv"
-    """Where the adapters sit: kv, attention, attention_mlp, or a list of last parts of module names (lm_head too, where
-    it is not tied to the input embeddings)."""
+    """Where the adapters sit: kv, attention, attention_mlp, whatever the architecture calls these modules, or a list of
+    last parts of module names (lm_head too, where it is not tied to the input embeddings). auto: `budget` parameters
+    where they save most of the damage, with a rank for each module; needs a closed form."""
     rank: PositiveInt = 64
+    """With placement auto it only says what the budget is unless given."""
+    budget: PositiveInt | None = None
+    """Most parameters of placement auto; as many as `rank` has on keys and values, unless given."""
     alpha: PositiveInt | None = None
     """LoRA alpha; equal to the rank unless given, so that B A is applied at scale 1."""
     init: AdapterInit = "zero"
-    """zero: A random, B zero, the adapted model starts as the degraded one. closed_form: the best change of each layer
-    by itself, from both models' weights and the inputs that the reference gives the layer. closed_form_sequential: each
-    layer in turn, on the inputs that the student repaired so far really gives it."""
+    """zero: A random, B zero, the adapted model starts as the degraded one. svd: the difference of the weights, cut to
+    the rank (what LoftQ's initialisation is for given weights), to compare with. closed_form: the best change of each
+    layer by itself, from both models' weights and the inputs that the reference gives the layer.
+    closed_form_sequential: each layer in turn, on the inputs that the student repaired so far really gives it."""
     calibration_tokens: PositiveInt = 32768
     """Tokens of the corpus from which a closed form takes the layers' inputs."""
     damping: PositiveFloat = 0.1
     """Ridge of a closed form, as a share of the mean square of a layer's inputs."""
-    blend: float = Field(default=1.0, ge=0, le=1)
+    curvature_tokens: NonNegativeInt = 8192
+    """Tokens of the corpus from which a closed form learns how much each output of a layer counts for the reference's
+    distribution (K-FAC); 0: all outputs count alike, as in QERA and EoRA."""
+    blend: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
     """Sequential closed form: the target of a layer is the reference's weights applied to this share of the reference's
     own input and for the rest of the student's. 1 makes good what earlier layers left wrong; less is better where much
-    of the damage lies in layers without an adapter."""
+    of the damage lies in matrices without an adapter. auto: 1 where there are none of these, else the best of 1, 0.75
+    and 0.5 by held-out KL."""
 
     @property
     def effective_alpha(self) -> int:
         return self.alpha if self.alpha is not None else self.rank
+
+    @model_validator(mode="after")
+    def _auto_needs_a_closed_form(self) -> Adapter:
+        if self.placement == "auto" and (self.init in ("zero", "svd") or not self.curvature_tokens):
+            raise ValueError("placement auto needs init closed_form or closed_form_sequential, with curvature_tokens")
+        if self.budget is not None and self.placement != "auto":
+            raise ValueError("budget is for placement auto; elsewhere the rank says how many parameters there are")
+        return self
 
     @model_validator(mode="after")
     def _scale_of_one(self) -> Adapter:
@@ -311,7 +328,7 @@ class CacheJob(Job):
 
 class RepairJob(Job):
     stage: ClassVar[str] = "repair"
-    schema_version: ClassVar[int] = 1
+    schema_version: ClassVar[int] = 2
     seed: int
     dtype: Dtype
     reference: ModelInput

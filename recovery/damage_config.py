@@ -17,8 +17,9 @@ class GaussianNoise(Config):
     """The paper's damage (section 4.1): seeded Gaussian noise on the weights of chosen `nn.Linear` modules."""
 
     kind: Literal["gaussian_noise"] = "gaussian_noise"
-    modules: Names = Field(default=("k_proj", "v_proj"), min_length=1)
-    """Last parts of the names of the modules that are damaged; [all] is every linear one but the head."""
+    modules: Names = Field(default=("kv",), min_length=1)
+    """Last parts of the names of the modules that are damaged; [kv], [attention] and [attention_mlp] as in
+    adapter.placement, [all] is every linear one but the head."""
     relative_std: PositiveFloat | None = None
     """Standard deviation of the noise, in units of each weight matrix's own standard deviation."""
     target_l2: PositiveFloat | None = None

@@ -20,7 +20,7 @@ from recovery.damage import cast, convert_badly, flipped, noise_like, pruned, ro
 from recovery.damage_config import ALL, BitFlips, Cast, ConversionBug, Damage, GaussianNoise, Pruning, Rounding
 from recovery.errors import UserError
 from recovery.models import load_model
-from recovery.placement import select
+from recovery.placement import matrices, select
 from recovery.progress import progress
 from recovery.stage import run_stage
 
@@ -55,8 +55,10 @@ def _noise(model: Any, names: list[str], damage: GaussianNoise, seed: int) -> Ch
     scale = None
     if damage.target_l2 is not None:
         first = next((name for name in names if "k_proj" in name), names[0])
-        weight = model.get_submodule(first).weight
-        scale = damage.target_l2 / float(noise_like(weight, seed, f"{first}.weight").norm())
+        weight, tensor = matrices(model)[first], f"{first}.weight"
+        if weight.dim() == 3:
+            weight, tensor = weight[0], f"{first}.0"
+        scale = damage.target_l2 / float(noise_like(weight, seed, tensor).norm())
 
     def change(name: str, weight: Tensor) -> Tensor:
         before = weight.float()
@@ -84,11 +86,17 @@ def apply_damage(model: Any, damage: Damage, seed: int) -> dict[str, dict[str, f
     listed: dict[str, dict[str, float]] = {}
     changes = changes_of(model, damage, seed)
     bar = progress(len(changes), "tensor", "degrade")
+    weights = matrices(model)
     for name, change in changes.items():
-        weight = model.get_submodule(name).weight
-        before = weight.clone()
-        weight.copy_(change(f"{name}.weight", weight))
-        listed[f"{name}.weight"] = change_of(before, weight)
+        weight, before = weights[name], weights[name].clone()
+        if weight.dim() == 3:  # experts, each a matrix of its own
+            tensor = name
+            for expert, matrix in enumerate(weight):
+                matrix.copy_(change(f"{name}.{expert}", matrix))
+        else:
+            tensor = f"{name}.weight"
+            weight.copy_(change(tensor, weight))
+        listed[tensor] = change_of(before, weight)
         bar.update()
     bar.close()
     return listed

@@ -7,7 +7,7 @@ every layer is called with, and turns the last layer's output into final hidden 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,9 +71,58 @@ def begin(model: Any, batch: Batch) -> Stream:
 @torch.no_grad()
 def end(model: Any, stream: Stream) -> Tensor:
     """Final hidden states (T, H), after the last norm."""
+    return _end(model, stream.batch, stream.states_1TH)
+
+
+def _end(model: Any, batch: Batch, states_1TH: Tensor) -> Tensor:
     last = len(layers_of(model)) - 1
-    with _stubs(model, lambda number, states, _: stream.states_1TH.to(states) if number == last else states):
-        return final_hidden(model, stream.batch)
+    with _stubs(model, lambda number, states, _: states_1TH.to(states) if number == last else states):
+        return final_hidden(model, batch)
+
+
+@torch.enable_grad()
+def back_through_end(model: Any, stream: Stream, gradient_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """The gradient (1, T, H) to the last layer's output. gradient_of: final hidden states (T, H) to theirs."""
+    states_1TH = stream.states_1TH.detach().requires_grad_()
+    hidden_TH = _end(model, stream.batch, states_1TH)
+    return torch.autograd.grad(hidden_TH, states_1TH, gradient_of(hidden_TH.detach()))[0]
+
+
+Take = Callable[[str, Tensor, Tensor], None]
+"""A module's name, its inputs (tokens, I) and the gradient to its outputs (tokens, O)."""
+
+
+@torch.enable_grad()
+def back_through(
+    layer: nn.Module,
+    modules: Mapping[str, nn.Module],
+    number: int,
+    stream: Stream,
+    gradient_1TH: Tensor,
+    device: torch.device,
+    take: Take,
+) -> Tensor:
+    """The gradient to the layer's input, from the one to its output; the stream stands in front of the layer.
+
+    take: called for every one of `modules` that a token came by.
+    """
+    states_1TH = stream.states_1TH.to(device).detach().requires_grad_()
+
+    def noting(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def forward(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+            if output.requires_grad:
+                given = arguments[0].detach().flatten(0, -2)
+                output.register_hook(lambda gradient: take(name, given, gradient.flatten(0, -2)))
+
+        return forward
+
+    handles = [module.register_forward_hook(noting(name)) for name, module in modules.items()]
+    try:
+        output_1TH = _run(layer, number, stream, states_1TH)
+        return torch.autograd.grad(output_1TH, states_1TH, gradient_1TH.to(device))[0]
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Reached(Exception):
@@ -83,18 +132,24 @@ class _Reached(Exception):
 @torch.no_grad()
 def output_of(layer: nn.Module, number: int, stream: Stream, device: torch.device) -> Tensor:
     """The layer's output for the stream, on the device; the stream stays where it is."""
-    positional, named = _moved(stream.calls[number], device)
-    output = layer(stream.states_1TH.to(device), *positional, **named)
+    return _run(layer, number, stream, stream.states_1TH.to(device))
+
+
+def _run(layer: nn.Module, number: int, stream: Stream, states_1TH: Tensor) -> Tensor:
+    positional, named = _moved(stream.calls[number], states_1TH.device)
+    output = layer(states_1TH, *positional, **named)
     return output[0] if isinstance(output, tuple) else output
 
 
 @torch.no_grad()
-def input_of(layer: nn.Module, module: nn.Module, number: int, stream: Stream, device: torch.device) -> Tensor:
-    """What `module`, somewhere in the layer, is given: (tokens, I). Nothing behind it is computed."""
-    found: list[Tensor] = []
+def arguments_of(
+    layer: nn.Module, module: nn.Module, number: int, stream: Stream, device: torch.device
+) -> tuple[Any, ...] | None:
+    """What `module`, somewhere in the layer, is called with; None where it is not. Nothing behind it is computed."""
+    found: list[tuple[Any, ...]] = []
 
     def reached(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        found.append(arguments[0])
+        found.append(arguments)
         raise _Reached
 
     handle = module.register_forward_pre_hook(reached)
@@ -103,9 +158,14 @@ def input_of(layer: nn.Module, module: nn.Module, number: int, stream: Stream, d
             output_of(layer, number, stream, device)
     finally:
         handle.remove()
-    if not found:  # an expert that no token was sent to
-        return torch.zeros(0, 1)
-    return found[0].flatten(0, -2)
+    return found[0] if found else None
+
+
+def input_of(layer: nn.Module, module: nn.Module, number: int, stream: Stream, device: torch.device) -> Tensor:
+    """What `module` is given: (tokens, I)."""
+    arguments = arguments_of(layer, module, number, stream, device)
+    # None: an expert that no token was sent to.
+    return torch.zeros(0, 1) if arguments is None else arguments[0].flatten(0, -2)
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ class _Distillation(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden_NH.device)
         gradient_NH = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
         buffers: list[Tensor] = []
-        for part in _chunks(len(hidden_NH), head.width):
+        for part in chunks(len(hidden_NH), head.width):
             if not buffers:  # the first chunk is the largest
                 count = 1 if isinstance(targets, SparseTargets) else 2
                 shape = (part.stop - part.start, head.width)
@@ -195,7 +195,7 @@ def distill_trainable(
         assert isinstance(gradient_of, Tensor)
         return gradient_of
 
-    for part in _chunks(len(hidden_NH), reference.head.width):
+    for part in chunks(len(hidden_NH), reference.head.width):
         following = None if next_N is None else next_N[part]
         chunk = checkpoint(one, hidden_NH[part], reference[part], following, use_reentrant=False)
         assert isinstance(chunk, Tensor)
@@ -223,7 +223,7 @@ class _LogitsLoss(torch.autograd.Function):
 def compare(hidden_NH: Tensor, head: Head, targets: DenseTargets, next_N: Tensor) -> Tensor:
     """Sums over tokens (4,) float64: KL in nats, top-1 agreement, the student's and the reference's -log p(next)."""
     sums = torch.zeros(4, dtype=torch.float64, device=hidden_NH.device)
-    for part in _chunks(len(hidden_NH), head.width):
+    for part in chunks(len(hidden_NH), head.width):
         student_TV = torch.log_softmax(head.logits(hidden_NH[part]), dim=-1)
         teacher_TV = torch.log_softmax(targets.head.logits(targets.hidden_NG[part]), dim=-1)
         next_T1 = next_N[part, None]
@@ -234,7 +234,7 @@ def compare(hidden_NH: Tensor, head: Head, targets: DenseTargets, next_N: Tensor
     return sums
 
 
-def _chunks(tokens: int, width: int) -> Iterator[slice]:
+def chunks(tokens: int, width: int) -> Iterator[slice]:
     """Row ranges as equal as can be, the largest first: a small rest would make slow products."""
     most = max(1, min(CHUNK_TOKENS, CHUNK_ELEMENTS // width))
     size = math.ceil(tokens / math.ceil(tokens / most)) if tokens else 1

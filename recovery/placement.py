@@ -1,4 +1,4 @@
-"""Placements: which `nn.Linear` modules get an adapter or a damage, by the last part of their names."""
+"""Placements: which linear modules and experts get an adapter or a damage, by the last part of their names."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ from recovery.config import Adapter, Placement
 from recovery.damage_config import ALL
 from recovery.errors import UserError
 
-PLACEMENTS: dict[Placement, tuple[str, ...]] = {
-    "kv": ("k_proj", "v_proj"),
-    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "attention_mlp": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+KEYS_VALUES = frozenset({"k_proj", "v_proj", "kv_a_proj_with_mqa", "kv_b_proj", "qkv_proj"})
+"""Apart, through a latent (DeepSeek's MLA), or in one matrix with the queries (Phi-3)."""
+QUERIES_OUTPUT = frozenset({"q_proj", "q_a_proj", "q_b_proj", "o_proj"})
+MLP = frozenset({"gate_proj", "up_proj", "down_proj", "gate_up_proj"})
+PLACEMENTS: dict[str, tuple[frozenset[str], ...]] = {
+    "kv": (KEYS_VALUES,),
+    "attention": (KEYS_VALUES, QUERIES_OUTPUT),
+    "attention_mlp": (KEYS_VALUES, QUERIES_OUTPUT, MLP),
 }
+"""Parts of a layer, each with the last parts of names that architectures have for its modules."""
+EXPERTS_OLD_NAMES = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate"})
 
 
 def linear_modules(model: Any, *, head: bool = False) -> dict[str, Any]:
@@ -27,6 +33,26 @@ def linear_modules(model: Any, *, head: bool = False) -> dict[str, Any]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and (module is not output or (head and not tied))
     }
+
+
+def expert_parameters(model: Any) -> dict[str, Any]:
+    """Weights of all experts of a layer in one parameter (E, O, I), by full name: gate_up_proj and down_proj of
+    Mixtral, Qwen-MoE, OLMoE and DeepSeek. Transposed ones, and those with biases, are left out."""
+    return {
+        f"{name}.{part}": getattr(module, part)
+        for name, module in model.named_modules()
+        if getattr(module, "is_transposed", True) is False and module.is_concatenated and not module.has_bias
+        for part in ("gate_up_proj", "down_proj")
+    }
+
+
+def matrices(model: Any, *, head: bool = False) -> dict[str, Any]:
+    """The weights of all linear modules and experts by the names that placements are matched with, in the model's
+    order. head: as linear_modules."""
+    linear = {name: module.weight for name, module in linear_modules(model, head=head).items()}
+    found = linear | expert_parameters(model)
+    order = {id(parameter): place for place, parameter in enumerate(model.parameters())}
+    return dict(sorted(found.items(), key=lambda item: order[id(item[1])]))
 
 
 def skeleton(path: str, revision: str | None) -> Any:
@@ -44,33 +70,53 @@ def skeleton(path: str, revision: str | None) -> Any:
 
 
 def select(model: Any, patterns: Sequence[str], where: str, *, head: bool = False) -> list[str]:
-    """Full names of the linear modules whose last name parts match, in the model's order. head: as linear_modules;
-    [all] is every one but the head.
+    """Full names of the linear modules, and of experts' parameters, that match any pattern, in the model's order.
 
-    Raises UserError listing what there was for a pattern that matches nothing.
+    patterns: last parts of names; kv, attention, attention_mlp, whatever the architecture calls them; all, which is
+    every one but the head. head: as linear_modules. Raises UserError listing what there was for a pattern that matches
+    nothing.
     """
-    if tuple(patterns) == ALL:
-        return list(linear_modules(model))
-    names = list(linear_modules(model, head=head))
-    chosen = {
-        pattern: [name for name in names if name == pattern or name.endswith(f".{pattern}")] for pattern in patterns
-    }
-    missing = [pattern for pattern, found in chosen.items() if not found]
-    if missing:
-        available = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
-        raise UserError(where, f"no linear module is named {', '.join(missing)}", f"this model has: {available}")
-    wanted = {name for found in chosen.values() for name in found}
-    return [name for name in names if name in wanted]
+    modules = matrices(model, head=head)
+    wanted: set[str] = set()
+    for pattern in patterns:
+        if (pattern,) == ALL:
+            wanted.update(matrices(model))
+            continue
+        for part in PLACEMENTS.get(pattern, (pattern,)):
+            found = [name for name in modules if _matches(name, part)]
+            if not found:
+                missing = part if isinstance(part, str) else " or ".join(sorted(part))
+                available = ", ".join(sorted({_last_part(name) for name in modules}))
+                raise UserError(where, f"no linear module is named {missing}", f"this model has: {available}")
+            wanted.update(found)
+    return [name for name in modules if name in wanted]
+
+
+def _matches(name: str, pattern: str | frozenset[str]) -> bool:
+    if isinstance(pattern, frozenset):
+        return _last_part(name) in pattern
+    return name == pattern or name.endswith(f".{pattern}")
+
+
+def _last_part(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def short_names(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
+    """What PEFT needs to find these modules again: the patterns, or last parts of names where they stand for more."""
+    plain = [pattern for pattern in patterns if pattern not in PLACEMENTS and (pattern,) != ALL]
+    return {next((one for one in plain if _matches(name, one)), _last_part(name)) for name in names}
 
 
 def patterns_of(placement: Placement | tuple[str, ...]) -> tuple[str, ...]:
-    return placement if isinstance(placement, tuple) else PLACEMENTS[placement]
+    return placement if isinstance(placement, tuple) else (placement,)
 
 
 def check_inside_layers(model: Any, names: Sequence[str]) -> None:
     """Raise UserError for a module that a closed form cannot reach."""
-    inside = {id(module) for layer in model.get_decoder().layers for module in layer.modules()}
-    outside = [name for name in names if id(model.get_submodule(name)) not in inside]
+    inside = {id(parameter) for layer in model.get_decoder().layers for parameter in layer.parameters()}
+    weights = matrices(model, head=True)
+    outside = [name for name in names if id(weights[name]) not in inside]
     if outside:
         raise UserError(
             "adapter.init",
@@ -81,7 +127,8 @@ def check_inside_layers(model: Any, names: Sequence[str]) -> None:
 
 def check_rank(model: Any, names: Sequence[str], rank: int) -> None:
     """Raise UserError when the rank exceeds the narrower side of an adapted module."""
-    sides = {name: min(model.get_submodule(name).weight.shape) for name in names}
+    weights = matrices(model, head=True)
+    sides = {name: min(weights[name].shape[-2:]) for name in names}
     narrowest = min(sides, key=lambda name: sides[name])
     if rank > sides[narrowest]:
         raise UserError(
@@ -91,11 +138,39 @@ def check_rank(model: Any, names: Sequence[str], rank: int) -> None:
         )
 
 
+def adaptable(model: Any, names: Sequence[str]) -> list[str]:
+    """Those that PEFT can adapt: in a model with experts it takes every gate_proj, up_proj and down_proj for the
+    experts' own of older checkpoints, so shared experts and dense layers beside them get no adapter.
+
+    Raises UserError where nothing is left.
+    """
+    experts = expert_parameters(model)
+    if not experts:
+        return list(names)
+    left = [name for name in names if name in experts or _last_part(name) not in EXPERTS_OLD_NAMES]
+    if not left:
+        found = f"PEFT takes {', '.join(sorted({_last_part(name) for name in names}))} for the experts' own"
+        raise UserError("adapter.placement", found, "name experts.gate_up_proj, experts.down_proj or attention")
+    return left
+
+
 def check_adapter(model: Any, adapter: Adapter) -> list[str]:
-    """Full names of the modules that the adapter sits on. Raises UserError where there is none, where a closed form
-    cannot reach one, or where the rank is too high."""
-    names = select(model, patterns_of(adapter.placement), "adapter.placement", head=True)
+    """Full names of the modules that the adapter sits on; with placement auto, of those that it may sit on.
+
+    Raises UserError where there is none, where a closed form cannot reach one, or where the rank is too high.
+    """
+    if adapter.placement == "auto":
+        return adaptable(model, list(linear_modules(model)))
+    names = adaptable(model, select(model, patterns_of(adapter.placement), "adapter.placement", head=True))
     if adapter.init != "zero":
         check_inside_layers(model, names)
     check_rank(model, names, adapter.rank)
     return names
+
+
+def parameter_budget(model: Any, adapter: Adapter) -> int:
+    """Of placement auto. Raises UserError where it is not given and the model has no keys and values by known names."""
+    if adapter.budget is not None:
+        return adapter.budget
+    weights = matrices(model)
+    return adapter.rank * sum(sum(weights[name].shape) for name in select(model, ("kv",), "adapter.budget"))

@@ -13,36 +13,40 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from recovery.adapters import adapter_parameters, add_adapter, save_adapter
 from recovery.artifacts import Workspace
-from recovery.batches import collate, pack
-from recovery.closed_form import Metric, Moments
+from recovery.calibration import batches_of, calibration_rows
+from recovery.closed_form import Factors, Metric, Moments
 from recovery.config import Adapter, RepairJob
 from recovery.corpus import TOKENIZER, Tokens, check_ids, read_split
 from recovery.errors import Unavailable
+from recovery.experts import ExpertLayer, is_expert, solve_experts, together
 from recovery.files import write_atomic
-from recovery.layerwise import Stream, begin, end, groups_of, input_of, layers_of, output_of
+from recovery.layerwise import Stream, arguments_of, begin, end, groups_of, input_of, layers_of, output_of
 from recovery.loss import compare as compare_distributions
 from recovery.measure import Measurement, measurement_of
 from recovery.models import check_training_path, device, head_of, join_ranks, load_model, share_equal
+from recovery.placement import check_adapter
 from recovery.progress import progress
 from recovery.stage import run_stage
+from recovery.survey import differing, layer_file, output_metrics, survey
 from recovery.targets import DenseTargets
 from recovery.vocabulary import compare, load_vocabulary, used_width
 
 log = logging.getLogger("recover-lora")
-FORWARD_TOKENS = 2048
-"""Tokens of one forward pass."""
 LAYERS = ".layers"
+CURVATURE = ".curvature"
+BLENDS = (1.0, 0.75, 0.5)
+"""Tried where part of the damage lies in matrices without an adapter."""
 LONGEST_WAIT = datetime.timedelta(hours=12)
 Solved = dict[str, Tensor]
 """`<module>.A` and `<module>.B` of one layer's modules."""
@@ -60,8 +64,19 @@ class Pair:
 class Repair:
     """The walk through the layers."""
 
-    def __init__(self, reference: Any, adapted: Any, adapter: Adapter, pairs: list[Pair], ranks: int) -> None:
-        self._adapter, self._pairs, self._ranks = adapter, pairs, ranks
+    def __init__(
+        self,
+        reference: Any,
+        adapted: Any,
+        adapter: Adapter,
+        blend: float,
+        pairs: list[Pair],
+        ranks: int,
+        curvature: Path | None,
+    ) -> None:
+        """curvature: the folder that recovery.survey wrote; None: all outputs count alike."""
+        self._adapter, self._blend, self._pairs, self._ranks = adapter, blend, pairs, ranks
+        self._curvature = curvature
         self.reference_layers, self.student_layers = layers_of(reference), layers_of(adapted)
         self._device = device()
 
@@ -80,7 +95,7 @@ class Repair:
         if not modules:
             return {}, {}
         layer, stream = self._subject(number, self._pairs[0])
-        inside = {name: layer.get_submodule(name) for name in modules}
+        inside = {name: layer.get_submodule(name) for name, module in modules.items() if not is_expert(module)}
         solved: Solved = {}
         kept: dict[str, float] = {}
         groups = groups_of(layer, inside, number, stream, self._device)
@@ -88,6 +103,7 @@ class Repair:
             shared: list[Any] = [groups]
             torch.distributed.broadcast_object_list(shared, 0)
             groups = shared[0]
+        outputs = output_metrics(self._curvature, number, self._device)
         for group in groups:
             metric = self._metric(number, group[0])
             if metric is None:
@@ -95,16 +111,51 @@ class Repair:
             for name in group:
                 degraded_OI = modules[name].get_base_layer().weight
                 reference: Any = self.reference_layers[number].get_submodule(name)
-                factors = metric.factors(reference.weight, degraded_OI, self._adapter.rank, self._blend)
+                rank = modules[name].r["default"]
+                factors = metric.factors(reference.weight, degraded_OI, rank, self._blend, outputs.get(name))
                 solved |= {f"{name}.A": factors.a_RI.float().cpu(), f"{name}.B": factors.b_OR.float().cpu()}
                 kept[name] = factors.kept
             # The next group of this layer is fed by what has just been repaired.
             self.apply(number, {key: solved[key] for name in group for key in (f"{name}.A", f"{name}.B")})
+        # Last in their layer; what goes up decides what goes down.
+        experts = {name: module for name, module in modules.items() if is_expert(module)}
+        for name in sorted(experts, key=lambda name: experts[name].parameter_name == "down_proj"):
+            factors = self._solve_experts(number, name)
+            a_XI, b_OX = together(factors, self._expert_layer(number, name))
+            own = {f"{name}.A": a_XI, f"{name}.B": b_OX}
+            self.apply(number, own)
+            solved |= own
+            kept |= {f"{name}.{expert}": one.kept for expert, one in enumerate(factors) if one is not None}
         return solved, kept
 
-    @property
-    def _blend(self) -> float:
-        return self._adapter.blend if self._sequential else 0.0
+    def _expert_layer(self, number: int, name: str) -> ExpertLayer:
+        inside = name.replace(".base_layer", "")
+        return ExpertLayer(
+            self.student_layers[number].get_submodule(name), self.reference_layers[number].get_submodule(inside)
+        )
+
+    def _solve_experts(self, number: int, name: str) -> list[Factors | None]:
+        found = self._expert_layer(number, name)
+        reference = self.reference_layers[number]
+        experts = found.wrapper.get_base_layer() if self._sequential else found.reference
+
+        def texts() -> Iterator[tuple[Any, Tensor]]:
+            for pair in self._pairs:
+                if pair.measured:
+                    continue
+                layer, stream = self._subject(number, pair)
+                called = arguments_of(layer, experts, number, stream, self._device)
+                theirs = called
+                if self._sequential:
+                    theirs = arguments_of(reference, found.reference, number, pair.reference, self._device)
+                assert called is not None, "experts that are never called"
+                assert theirs is not None, "experts that are never called"
+                yield called, theirs[0]
+
+        given = None if self._adapter.init == "svd" else texts
+        return solve_experts(
+            found, given, self._adapter.damping, self._blend, ranks=self._ranks, sequential=self._sequential
+        )
 
     def _subject(self, number: int, pair: Pair) -> tuple[nn.Module, Stream]:
         """Whose inputs count: the student's own, or the reference's where each layer is repaired by itself."""
@@ -116,6 +167,8 @@ class Repair:
         """Over all ranks; None where no token came by."""
         reference = self.reference_layers[number]
         wide: Any = reference.get_submodule(name)
+        if self._adapter.init == "svd":
+            return Metric(Moments.alike(wide.in_features, self._device), self._adapter.damping)
         moments = Moments.zero(wide.in_features, self._device)
         for pair in self._pairs:
             if pair.measured:
@@ -161,27 +214,11 @@ class Repair:
 
 
 def pairs_of(
-    reference: Any, adapted: Any, tokens: Tokens, rows: Sequence[int], *, measured: bool, ranks: tuple[int, int]
+    reference: Any, adapted: Any, tokens: Tokens, rows: Sequence[int], *, measured: bool, rank: int, ranks: int
 ) -> list[Pair]:
-    """This rank's share of the rows, in front of the first layer. ranks: (rank, number of ranks)."""
-    rank, count = ranks
-    groups = pack(list(rows), tokens.lengths, FORWARD_TOKENS)
-    own = groups[rank::count]
-    # A rank without text of its own goes the same way with another's, and learns nothing from it.
-    batches = [collate(tokens, group) for group in own or groups[:1]]
+    """This rank's share of the rows, in front of the first layer."""
+    batches, own = batches_of(tokens, rows, rank, ranks)
     return [Pair(begin(reference, batch), begin(adapted, batch), measured or not own) for batch in batches]
-
-
-def calibration_rows(tokens: Tokens, wanted: int) -> list[int]:
-    """The first samples, until they have that many tokens: a larger calibration holds every smaller one."""
-    rows: list[int] = []
-    total = 0
-    for row, length in enumerate(tokens.lengths.tolist()):
-        if total >= wanted:
-            break
-        rows.append(row)
-        total += length
-    return rows
 
 
 @torch.no_grad()
@@ -215,7 +252,7 @@ def walk(repair: Repair, folder: Path, tick: Callable[[], None], *, leader: bool
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         repair.place(number, device())
-        path = folder / f"{number:04d}.safetensors"
+        path = layer_file(folder, number)
         if path.exists():
             repair.apply(number, load_file(path))
             shares = json.loads(path.with_suffix(".json").read_text())
@@ -223,9 +260,7 @@ def walk(repair: Repair, folder: Path, tick: Callable[[], None], *, leader: bool
             solved, shares = repair.solve(number)
             if leader:
                 write_atomic(path.with_suffix(".json"), json.dumps(shares))
-                temporary = path.with_suffix(".tmp")
-                save_file({key: tensor.contiguous() for key, tensor in solved.items()}, temporary)
-                temporary.replace(path)
+                write_atomic(path, save({key: tensor.contiguous() for key, tensor in solved.items()}))
                 tick()
         kept |= {f"{number}.{name}": share for name, share in shares.items()}
         repair.advance(number)
@@ -237,70 +272,143 @@ def walk(repair: Repair, folder: Path, tick: Callable[[], None], *, leader: bool
     return kept
 
 
-def check_better(before: Measurement, after: Measurement, adapter: Adapter) -> None:
+def check_better(before: Measurement, after: Measurement) -> None:
     """Raise Unavailable for a repair that made the model worse: it is not delivered."""
     if after.kl < before.kl:
         return
     if before.kl < 1e-6:
         raise Unavailable("the degraded model gives the reference's distribution already: there is nothing to repair")
-    remedy = "set adapter.init: zero"
-    if adapter.init == "closed_form_sequential" and adapter.blend > 0.5:
-        remedy = "set adapter.blend: 0.5, as much of the damage may lie in layers without an adapter"
-    raise Unavailable(f"the closed form made held-out KL worse ({before.kl:.4f} -> {after.kl:.4f}); {remedy}")
+    raise Unavailable(
+        f"the closed form made held-out KL worse ({before.kl:.4f} -> {after.kl:.4f}): as much of the damage may lie in "
+        "layers without an adapter, set adapter.placement: auto, or init: zero"
+    )
+
+
+def blends_of(adapter: Adapter, damaged: Sequence[str], adapted: Sequence[str]) -> tuple[float, ...]:
+    """The blends to try. Where every damaged matrix has an adapter, 1 is right: nothing is out of reach."""
+    if adapter.init != "closed_form_sequential":
+        return (0.0,)
+    if adapter.blend != "auto":
+        return (adapter.blend,)
+    return BLENDS if set(damaged) - set(adapted) else BLENDS[:1]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What one blend came to, over all layers."""
+
+    blend: float
+    weights: dict[str, Tensor]
+    kept: dict[str, float]
+    after: Measurement | None
+    """None on other ranks than the first."""
+
+
+class Workshop:
+    """Both models, and the texts in front of their first layer as often as they are wanted."""
+
+    def __init__(self, job: RepairJob, workspace: Workspace) -> None:
+        # The others wait while the first rank measures the held-out text.
+        self.rank, self.ranks = join_ranks("nccl" if torch.cuda.is_available() else "gloo", LONGEST_WAIT)
+        self._job, self._workspace = job, workspace
+        vocabulary = load_vocabulary(job.reference.path, job.reference.revision)
+        self._width = used_width(vocabulary, load_vocabulary(job.degraded.path, job.degraded.revision))
+        compare(vocabulary, load_vocabulary(str(job.corpus.path / TOKENIZER), model=False), str(job.corpus.path))
+        self._tokens, self._held_out = read_split(job.corpus.path, "train"), read_split(job.corpus.path, "held_out")
+        check_ids(self._tokens, self._width, str(job.corpus.path))
+        self._rows = calibration_rows(self._tokens, job.adapter.calibration_tokens)
+        degraded = load_model(job.degraded, job.dtype, placed=False)
+        self._reference = load_model(job.reference, job.dtype, placed=False)
+        share_equal(degraded, self._reference)
+        check_training_path(self._reference, self._width, "models.reference")
+        damaged = differing(self._reference, degraded)
+        weighed = job.adapter.curvature_tokens and job.adapter.init != "svd"
+        self._curvature = workspace.path / CURVATURE if weighed else None
+        self.allocated: dict[str, int] = {}
+        if self._curvature is not None:
+            given = self._reference, degraded, job, self._tokens, self._width, self._curvature
+            self.allocated = survey(*given, self.rank, self.ranks)
+        if job.adapter.placement == "auto" and not self.allocated:
+            raise Unavailable("no linear module of the layers differs from the reference's: nothing to repair")
+        names = list(self.allocated) or check_adapter(degraded, job.adapter)
+        self.blends = blends_of(job.adapter, damaged, names)
+        self.adapted = add_adapter(degraded, job.adapter, job.seed, self.allocated or None)
+        check_training_path(self.adapted, self._width, "models.degraded")
+        self._initial = {name: one.detach().clone() for name, one in adapter_parameters(self.adapted).items()}
+
+    @property
+    def used_tokens(self) -> int:
+        return int(self._tokens.lengths[self._rows].sum())
+
+    def _texts(self, *, held_out: bool) -> list[Pair]:
+        both = self._reference, self.adapted
+        if not held_out:
+            return pairs_of(*both, self._tokens, self._rows, measured=False, rank=self.rank, ranks=self.ranks)
+        if self.rank:
+            return []
+        return pairs_of(*both, self._held_out, range(len(self._held_out)), measured=True, rank=0, ranks=1)
+
+    def untouched(self) -> Measurement | None:
+        """Of the degraded model, on the first rank."""
+        if self.rank:
+            return None
+        texts = self._texts(held_out=True)
+        untouched(self._repair(0.0, texts), texts)
+        return measured(self._reference, self.adapted, texts, self._width)
+
+    def _repair(self, blend: float, pairs: list[Pair]) -> Repair:
+        adapter, curvature = self._job.adapter, self._curvature
+        return Repair(self._reference, self.adapted, adapter, blend, pairs, self.ranks, curvature)
+
+    def solve(self, blend: float) -> Solution:
+        """Walk through all layers with this blend, from where an earlier process was stopped."""
+        parameters = adapter_parameters(self.adapted)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(self._initial[name])
+        watching = self._texts(held_out=True)
+        repair = self._repair(blend, [*self._texts(held_out=False), *watching])
+        folder = self._workspace.path / LAYERS / f"blend-{blend}"
+        kept = walk(repair, folder, self._workspace.tick, leader=self.rank == 0)
+        after = measured(self._reference, self.adapted, watching, self._width) if self.rank == 0 else None
+        return Solution(blend, {name: one.detach().clone() for name, one in parameters.items()}, kept, after)
+
+
+def kl_of(solution: Solution) -> float:
+    """Of the held-out text; the same on other ranks, which measured none."""
+    return solution.after.kl if solution.after is not None else 0.0
 
 
 def produce(job: RepairJob, workspace: Workspace) -> dict[str, Any]:
-    # The others wait while the first rank measures the held-out text.
-    rank, ranks = join_ranks("nccl" if torch.cuda.is_available() else "gloo", LONGEST_WAIT)
-    vocabulary = load_vocabulary(job.reference.path, job.reference.revision)
-    width = used_width(vocabulary, load_vocabulary(job.degraded.path, job.degraded.revision))
-    compare(vocabulary, load_vocabulary(str(job.corpus.path / TOKENIZER), model=False), str(job.corpus.path))
-    tokens, held_out = read_split(job.corpus.path, "train"), read_split(job.corpus.path, "held_out")
-    check_ids(tokens, width, str(job.corpus.path))
-    rows = calibration_rows(tokens, job.adapter.calibration_tokens)
-    degraded = load_model(job.degraded, job.dtype, placed=False)
-    reference = load_model(job.reference, job.dtype, placed=False)
-    share_equal(degraded, reference)
-    adapted = add_adapter(degraded, job.adapter, job.seed)
-    for model, name in ((reference, "models.reference"), (adapted, "models.degraded")):
-        check_training_path(model, width, name)
-    both = reference, adapted
-    learning = pairs_of(*both, tokens, rows, measured=False, ranks=(rank, ranks))
-
-    def texts_to_watch() -> list[Pair]:
-        return pairs_of(*both, held_out, range(len(held_out)), measured=True, ranks=(0, 1)) if rank == 0 else []
-
-    watching = texts_to_watch()
-    repair = Repair(reference, adapted, job.adapter, [*learning, *watching], ranks)
-    inside = sum(len(repair.adapters_in(number)) for number in range(len(repair.student_layers)))
-    parameters = adapter_parameters(adapted)
-    before: Measurement | None = None
-    if rank == 0:
-        untouched(repair, degraded_texts := texts_to_watch())
-        before = measured(*both, degraded_texts, width)
-    kept = walk(repair, workspace.path / LAYERS, workspace.tick, leader=rank == 0)
-    used = int(tokens.lengths[rows].sum())
-    if before is not None:
-        after = measured(*both, watching, width)
-        log.info("held-out KL %.4f -> %.4f, top-1 %.1f%%, without training", before.kl, after.kl, 100 * after.top1)
-        check_better(before, after, job.adapter)
+    shop = Workshop(job, workspace)
+    before = shop.untouched()
+    solutions = [shop.solve(blend) for blend in shop.blends]
+    best = min(solutions, key=kl_of)
+    if before is not None and best.after is not None:
+        for tried in solutions[1:] and solutions:
+            log.info("blend %s: held-out KL %.4f", tried.blend, kl_of(tried))
+        found = (before.kl, best.after.kl, 100 * best.after.top1)
+        log.info("held-out KL %.4f -> %.4f, top-1 %.1f%%, without training", *found)
+        check_better(before, best.after)
         lines = [
             {**asdict(found), "step": 0, "tokens": tokens, "split": "held_out", "measured_tokens": found.tokens}
-            for found, tokens in ((before, 0), (after, used))
+            for found, tokens in ((before, 0), (best.after, shop.used_tokens))
         ]
         write_atomic(workspace.path / "held_out.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        weights = {name: parameter.detach().cpu() for name, parameter in parameters.items()}
-        save_adapter(adapted, workspace.path, weights, base=str(job.degraded.path))
-    if ranks > 1:
+        weights = {name: tensor.cpu() for name, tensor in best.weights.items()}
+        save_adapter(shop.adapted, workspace.path, weights, base=str(job.degraded.path))
+    if shop.ranks > 1:
         torch.distributed.barrier()
     return {
         "loss_tokens": 0,
-        "calibration_tokens": used,
+        "calibration_tokens": shop.used_tokens,
         "steps": 0,
-        "trainable_parameters": sum(parameter.numel() for parameter in parameters.values()),
-        "adapted_modules": inside,
-        "ranks": ranks,
-        "kept": {name: round(share, 6) for name, share in kept.items()},
+        "trainable_parameters": sum(tensor.numel() for tensor in best.weights.values()),
+        "adapted_modules": len(best.weights) // 2,
+        "ranks": shop.ranks,
+        "blend": best.blend,
+        "allocated": shop.allocated,
+        "kept": {name: round(share, 6) for name, share in best.kept.items()},
     }
 
 

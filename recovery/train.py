@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.profiler import record_function
 
-from recovery.adapters import adapter_parameters, add_adapter, save_adapter, set_adapter
+from recovery.adapters import adapter_parameters, add_adapter, ranks_in, save_adapter, set_adapter
 from recovery.artifacts import Workspace, read_manifest
 from recovery.batches import Step, collate, idle_share, plan_epoch
 from recovery.checkpoint import load_checkpoint, save_checkpoint
@@ -170,7 +170,8 @@ def set_up(job: TrainJob, folder: Path, rank: int, ranks: int, tracker: Tracker)
     if reference is not None:
         shared = share_equal(degraded, reference)
         log.info("%.0f MB of weights are the same in both models and held once", shared / 1e6)
-    adapted = add_adapter(degraded, job.adapter, job.seed)
+    ranks_of = None if job.start is None else ranks_in(job.start.path)
+    adapted = add_adapter(degraded, job.adapter, job.seed, ranks_of)
     if job.start is not None:
         set_adapter(adapted, job.start.path)
     check_training_path(adapted, width, "models.degraded")

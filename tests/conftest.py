@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture in the paper, with a byte-level tokenizer, made on the spot."""
+"""Tiny random models of the paper's and other architectures, with a byte-level tokenizer, made on the spot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 torch.set_num_threads(1)  # more cost tiny models more than they give
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-ARCHITECTURES = ("llama", "olmo", "gemma2", "qwen2")
+ARCHITECTURES = ("llama", "olmo", "gemma2", "qwen2", "gemma3", "phi3", "deepseek_v3", "mixtral")
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -45,8 +45,18 @@ def make_tokenizer(*, bos: bool, extra: tuple[str, ...] = ()) -> Any:
 
 
 def make_config(kind: str, vocabulary: int) -> Any:
-    """MHA OLMo, GQA Llama, Gemma2 (soft caps, sliding window), Qwen2 (biases, padded head)."""
-    from transformers import Gemma2Config, LlamaConfig, OlmoConfig, Qwen2Config
+    """MHA OLMo, GQA Llama, Gemma2 (soft caps, sliding window), Qwen2 (biases, padded head), Gemma3 (MQA, a window in
+    every other layer), Phi3 (fused projections), DeepSeek-V3 (MLA, experts beside a shared one), Mixtral (experts)."""
+    from transformers import (
+        DeepseekV3Config,
+        Gemma2Config,
+        Gemma3TextConfig,
+        LlamaConfig,
+        MixtralConfig,
+        OlmoConfig,
+        Phi3Config,
+        Qwen2Config,
+    )
 
     common: dict[str, Any] = {
         **SIZES,
@@ -74,6 +84,30 @@ def make_config(kind: str, vocabulary: int) -> Any:
         case "qwen2":
             common["vocab_size"] += 13
             return Qwen2Config(**common, num_key_value_heads=2)
+        case "gemma3":
+            layers = ["sliding_attention", "full_attention"]
+            one_head: dict[str, Any] = {"num_key_value_heads": 1, "head_dim": 32, "query_pre_attn_scalar": 32}
+            return Gemma3TextConfig(**common, **one_head, sliding_window=16, layer_types=layers)
+        case "phi3":
+            return Phi3Config(**common, num_key_value_heads=2)
+        case "deepseek_v3":
+            return DeepseekV3Config(
+                **common,
+                num_key_value_heads=4,
+                q_lora_rank=32,
+                kv_lora_rank=32,
+                qk_nope_head_dim=8,
+                qk_rope_head_dim=8,
+                v_head_dim=16,
+                n_routed_experts=4,
+                num_experts_per_tok=2,
+                n_group=2,
+                topk_group=1,
+                moe_intermediate_size=32,
+                first_k_dense_replace=1,
+            )
+        case "mixtral":
+            return MixtralConfig(**common, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
     raise AssertionError(kind)
 
 
@@ -81,7 +115,7 @@ def make_model(folder: Path, kind: str = "llama", *, seed: int = 0, **tokenizer:
     """A saved model folder; returns it."""
     from transformers import AutoModelForCausalLM
 
-    tokens = make_tokenizer(bos=kind in ("llama", "gemma2"), **tokenizer)
+    tokens = make_tokenizer(bos=kind in ("llama", "gemma2", "gemma3"), **tokenizer)
     torch.manual_seed(seed)
     model: Any = AutoModelForCausalLM.from_config(make_config(kind, len(tokens)))
     if kind == "qwen2":

@@ -16,6 +16,7 @@ import recovery.degrade
 from recovery.damage import MINIFLOATS, cast, flipped, minifloat, pruned, rounded
 from recovery.damage_config import BitFlips, Cast, Pruning
 from recovery.errors import UserError
+from recovery.placement import select, skeleton
 from recovery.stage import build
 from tests.conftest import ARCHITECTURES
 from tests.pipeline import job_of, make_benchmarks, tiny_recipe
@@ -38,7 +39,7 @@ def test_only_the_named_weights_change_and_by_what_the_manifest_says(
     listed = json.loads((folder / "manifest.json").read_text())["details"]["tensors"]
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == set(listed)
-    assert changed == {name for name in before if name.endswith(("k_proj.weight", "v_proj.weight"))}
+    assert changed == {f"{name}.weight" for name in select(skeleton(str(models[kind]), None), ["kv"], "test")}
     for name, entry in listed.items():
         assert entry["l2"] == pytest.approx(float((after[name] - before[name]).norm()), rel=1e-4)
         expected = 0.5 * float(before[name].std()) * before[name].numel() ** 0.5

@@ -18,6 +18,7 @@ import recovery.repair
 import recovery.train
 from recovery.adapters import load_adapter
 from recovery.batches import collate
+from recovery.calibration import calibration_rows
 from recovery.closed_form import Factors, Metric
 from recovery.config import ModelInput
 from recovery.corpus import read_split
@@ -25,7 +26,6 @@ from recovery.errors import Unavailable, UserError
 from recovery.layerwise import begin, end, layers_of, output_of
 from recovery.measure import measure
 from recovery.models import check_training_path, final_hidden, load_model
-from recovery.repair import calibration_rows
 from recovery.stage import build
 from recovery.vocabulary import load_vocabulary, used_width
 from tests.conftest import ARCHITECTURES, REPOSITORY
@@ -104,6 +104,17 @@ def test_every_placement_and_both_forms(prepared: tuple[Path, Path, Path], tmp_p
     held_out = read_split(done["generate"], "held_out")
     assert measure(degraded, reference, held_out, width_of(model), 512, "").kl == pytest.approx(before, rel=1e-4)
     assert found["closed_form_sequential"] < found["closed_form"] < 0.5 * before
+
+
+def test_svd_is_the_difference_of_the_weights_cut_to_the_rank(prepared: tuple[Path, Path, Path], tmp_path: Path):
+    done = repair_with(prepared, tmp_path / "runs", {"init": "svd", "rank": 30})
+    weights = load_file(done / "adapter_model.safetensors")
+    model, degraded = model_at(prepared[0]), model_at(next((prepared[2] / "artifacts").glob("degrade-*")))
+    for name in ("model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.v_proj"):
+        difference = model.get_submodule(name).weight - degraded.get_submodule(name).weight
+        u, s, v = torch.linalg.svd(difference, full_matrices=False)
+        a, b = (weights[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+        torch.testing.assert_close(b @ a, u[:, :30] * s[:30] @ v[:30], rtol=1e-3, atol=1e-5)
 
 
 def test_adapters_without_damage_can_still_learn(prepared: tuple[Path, Path, Path], tmp_path: Path):
@@ -198,11 +209,11 @@ def test_calibration_texts_are_nested(prepared: tuple[Path, Path, Path]):
 def test_a_repair_that_makes_it_worse_is_not_delivered(
     prepared: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def wrong(_: Metric, __: Tensor, degraded: Tensor, rank: int, ___: float) -> Factors:
+    def wrong(_: Metric, __: Tensor, degraded: Tensor, rank: int, *___: Any) -> Factors:
         random = torch.randn(rank, degraded.shape[1], generator=torch.Generator().manual_seed(0)).double()
         return Factors(random, torch.ones(degraded.shape[0], rank).double(), 0.0)
 
     monkeypatch.setattr(recovery.repair.Metric, "factors", wrong)
-    with pytest.raises(Unavailable, match=r"made held-out KL worse .* adapter\.blend: 0\.5"):
+    with pytest.raises(Unavailable, match=r"made held-out KL worse .* adapter\.placement: auto"):
         repair_with(prepared, tmp_path / "runs", SEQUENTIAL)
     assert not list((tmp_path / "runs" / "artifacts").glob("repair-*"))

@@ -1,0 +1,203 @@
+"""Which outputs count: gradients layer by layer, what a change costs, and where ranks buy most."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import recovery.train
+from recovery.adapters import load_adapter
+from recovery.allocation import Spectrum, allocate
+from recovery.batches import Batch, collate
+from recovery.closed_form import Metric, Moments, OutputMetric
+from recovery.corpus import Split, Tokens, read_split
+from recovery.costs import saturated, weigh
+from recovery.curvature import Sensitivity, cost, drawn, sensitivities
+from recovery.layerwise import begin, layers_of
+from recovery.measure import measure
+from recovery.models import check_training_path, final_hidden, head_of
+from recovery.stage import build
+from tests.conftest import ARCHITECTURES
+from tests.pipeline import job_of, tiny_recipe
+from tests.test_repair import CPU, model_at, repair_with, width_of
+
+Prepared = tuple[Path, Path, Path]
+
+
+def text_of(prepared: Prepared, split: Split = "train") -> Tokens:
+    return read_split(next((prepared[2] / "artifacts").glob("generate-*")), split)
+
+
+def linear_of(model: Any, number: int) -> dict[str, nn.Module]:
+    return {name: part for name, part in layers_of(model)[number].named_modules() if isinstance(part, nn.Linear)}
+
+
+def sense(model: Any, batches: list[Batch], width: int) -> dict[str, Sensitivity]:
+    """Of every linear module inside the layers, by full name."""
+    streams = [begin(model, batch) for batch in batches]
+    walk = sensitivities(model, streams, lambda number: linear_of(model, number), width, 0, CPU, with_inputs=True)
+    return {f"model.layers.{number}.{name}": one for number, found in walk for name, one in found.items()}
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_gradients_layer_by_layer_are_those_of_the_whole_model(models: dict[str, Path], prepared: Prepared, kind: str):
+    model, width = model_at(models[kind]), width_of(models[kind])
+    check_training_path(model, width, kind)
+    batch = collate(text_of(prepared), (0, 1, 2))
+    found = sense(model, [batch], width)
+    outputs: dict[str, Tensor] = {}
+    for name in found:
+        model.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: outputs.update({name: output}))
+    model.requires_grad_(True)
+    hidden_TH = final_hidden(model, batch)
+    stream = begin(model, batch)
+    gradient_TH = drawn(stream, head_of(model, width), 0)(hidden_TH.detach())
+    reached = [name for name in found if name in outputs]
+    gradients = torch.autograd.grad(hidden_TH, [outputs[name] for name in reached], gradient_TH)
+    assert len(reached) >= 8
+    for name, gradient in zip(reached, gradients, strict=True):
+        flat_TO = gradient.flatten(0, -2)
+        expected = (flat_TO.T @ flat_TO).double() / len(flat_TO)
+        torch.testing.assert_close(found[name].curvature, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_what_a_change_costs_is_its_kl(models: dict[str, Path], prepared: Prepared):
+    """Small noise on one module at a time: predicted without running the changed model, measured with it."""
+    folder = models["llama"]
+    model, changed, width = model_at(folder), model_at(folder), width_of(folder)
+    check_training_path(model, width, "llama")
+    tokens = text_of(prepared)
+    found = sense(model, [collate(tokens, tuple(range(first, first + 8))) for first in range(0, 48, 8)], width)
+    predicted, measured = {}, {}
+    for place, (name, sensitivity) in enumerate(sorted(found.items())):
+        weight: Any = changed.get_submodule(name).weight
+        before = weight.clone()
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(place)) * 0.1 * before.std()
+        with torch.no_grad():
+            weight += noise
+        measured[name] = measure(changed, model_at(folder), tokens, width, 512, "").kl
+        predicted[name] = cost(noise, sensitivity)
+        with torch.no_grad():
+            weight.copy_(before)
+    ratios = sorted(predicted[name] / measured[name] for name in found)
+    # Values are averaged over positions, whose inputs have something in common: a V projection costs more than
+    # positions taken by themselves say.
+    assert ratios[0] > 0.35
+    assert ratios[-1] < 1.5
+    assert ratios[len(ratios) // 2] == pytest.approx(1, rel=0.15)
+
+
+def test_costs_of_a_checkpoint_and_forecasts_that_come_true(prepared: Prepared, tmp_path: Path):
+    degraded = next((prepared[2] / "artifacts").glob("degrade-*"))
+    models = model_at(prepared[0]), model_at(degraded)
+    tokens = text_of(prepared)
+    costs = weigh(*models, tokens, width_of(prepared[0]), seed=0)
+    expected = measure(model_at(degraded), model_at(prepared[0]), tokens, width_of(prepared[0]), 512, "")
+    assert costs.degraded.kl == pytest.approx(expected.kl, rel=1e-4)
+    assert len(costs.drift) == 2
+    assert 0 < costs.drift[0] < 2
+    assert set(costs.nats) == {f"model.layers.{n}.self_attn.{part}_proj" for n in (0, 1) for part in "kv"}
+    dearest = max(costs.nats, key=costs.nats.__getitem__)
+    assert costs.restored[0].module == dearest
+    assert costs.restored[0].measured == pytest.approx(costs.restored[0].predicted, abs=0.35 * costs.degraded.kl)
+    after = measure(models[1], models[0], tokens, width_of(prepared[0]), 512, "")
+    assert after.kl == pytest.approx(expected.kl, rel=1e-4)  # what was put right for a look is wrong again
+    kls = [one.kl for one in costs.forecasts]
+    assert kls == sorted(kls, reverse=True)
+    for rank in (4, 8, 16):
+        adapter = {"init": "closed_form_sequential", "rank": rank}
+        folder = repair_with(prepared, tmp_path / "runs", adapter)
+        before, left = [json.loads(line)["kl"] for line in (folder / "held_out.jsonl").read_text().splitlines()]
+        predicted = next(one for one in costs.forecasts if one.rank == rank)
+        assert predicted.recovery == pytest.approx(1 - left / before, abs=0.15)
+
+
+@pytest.mark.parametrize(("total", "kl"), [(10.0, 3.0), (3.0001, 3.0), (1e4, 5.0)])
+def test_a_distribution_can_only_become_so_wrong(total: float, kl: float):
+    assert saturated(total, total, kl) == pytest.approx(kl, rel=1e-6)
+    assert saturated(0.0, total, kl) == 0
+    left = [saturated(share * total, total, kl) for share in (0.01, 0.1, 0.5, 1.0)]
+    assert left == sorted(left)
+    assert all(found >= share * kl * (1 - 1e-9) for share, found in zip((0.01, 0.1, 0.5, 1.0), left, strict=True))
+    assert saturated(1.0, 2.0, 3.0) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_outputs_that_count_are_repaired_first(whole: bool):
+    generator = torch.Generator().manual_seed(0)
+    reference, degraded = (torch.randn(12, 20, generator=generator, dtype=torch.float64) for _ in range(2))
+    inputs = torch.randn(400, 20, generator=generator, dtype=torch.float64)
+    moments = Moments.zero(20, CPU)
+    moments.add(inputs, inputs)
+    gradients = torch.randn(12, 12, generator=generator, dtype=torch.float64) * torch.logspace(0, -2, 12)[:, None]
+    curvature = gradients.T @ gradients if whole else gradients.square().sum(0)
+    metric, outputs = Metric(moments, 1e-9), OutputMetric(curvature, 1e-9)
+
+    def nats(weighed: OutputMetric | None) -> float:
+        factors = metric.factors(reference, degraded, 3, 0.0, weighed)
+        left = reference - degraded - factors.b_OR @ factors.a_RI
+        return cost(left, Sensitivity(curvature, moments, torch.tensor(1.0)))
+
+    assert nats(outputs) < 0.9 * nats(None)
+    full = metric.factors(reference, degraded, 12, 0.0, outputs)
+    torch.testing.assert_close(full.b_OR @ full.a_RI, reference - degraded, rtol=1e-6, atol=1e-6)
+
+
+def test_ranks_go_where_they_save_most_for_their_price():
+    generator = torch.Generator().manual_seed(0)
+    prices = {"a": 3, "b": 5, "c": 7}
+    spectra = {
+        name: Spectrum(torch.rand(4, generator=generator).double().sort(descending=True).values, price)
+        for name, price in prices.items()
+    }
+
+    def value(ranks: dict[str, int]) -> float:
+        return sum(float(spectra[name].gains_K[:rank].sum()) for name, rank in ranks.items())
+
+    for budget in (2, 3, 20, 37, 60, 1000):
+        found = allocate(spectra, budget)
+        assert sum(prices[name] * rank for name, rank in found.items()) <= budget
+        everything = itertools.product(range(5), repeat=3)
+        affordable = [
+            dict(zip(prices, ranks, strict=True))
+            for ranks in everything
+            if sum(price * rank for price, rank in zip(prices.values(), ranks, strict=True)) <= budget
+        ]
+        # Greedy by worth a parameter: short of the best by less than the one direction that did not fit.
+        dearest = max(float(found.gains_K[0]) for found in spectra.values())
+        assert value(found) >= max(map(value, affordable)) - dearest
+        assert all(found.values())
+    assert allocate({"a": Spectrum(torch.zeros(3).double(), 1)}, 10) == {}
+
+
+def test_auto_adapts_what_is_damaged_and_training_goes_on_from_there(prepared: Prepared, tmp_path: Path):
+    model, data, source = prepared
+    adapter = {"placement": "auto", "init": "closed_form_sequential", "rank": 12}
+    repaired = repair_with(prepared, tmp_path / "runs", adapter)
+    config = json.loads((repaired / "adapter_config.json").read_text())
+    ranks = config["rank_pattern"]
+    assert config["alpha_pattern"] == ranks
+    assert set(config["target_modules"]) == set(ranks)
+    assert all(name.endswith(("k_proj", "v_proj")) for name in ranks)
+    assert len(set(ranks.values())) > 1
+    details = json.loads((repaired / "manifest.json").read_text())["details"]
+    budget = 12 * sum(2 * (64 + 32) for _ in range(2))
+    assert 0.9 * budget < details["trainable_parameters"] <= budget
+    recipe = tiny_recipe(model, data, adapter=adapter, train={"epochs": 4, "learning_rate": 1e-3})
+    trained = build(job_of(recipe, tmp_path / "runs", "train"), recovery.train.produce, resumable=True)
+    lines = [json.loads(line) for line in (trained / "held_out.jsonl").read_text().splitlines()]
+    kls = [line["kl"] for line in lines if line["split"] == "held_out"]
+    last = json.loads((repaired / "held_out.jsonl").read_text().splitlines()[-1])["kl"]
+    assert kls[0] == pytest.approx(last, rel=1e-4)
+    assert min(kls[1:]) < kls[0]
+    base = model_at(next((source / "artifacts").glob("degrade-*")))
+    found = measure(
+        load_adapter(base, trained), model_at(model), text_of(prepared, "held_out"), width_of(model), 512, ""
+    )
+    assert found.kl == pytest.approx(min(kls), rel=1e-4)

@@ -1,0 +1,90 @@
+"""Experts kept as 3-D parameters: damaged, repaired in closed form, trained, merged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from recovery.config import Adapter
+from recovery.errors import UserError
+from recovery.measure import measure
+from recovery.placement import check_adapter, expert_parameters, select
+from tests.pipeline import make_benchmarks, run_in_process, tiny_recipe
+from tests.test_curvature import text_of
+from tests.test_repair import model_at, width_of
+
+KINDS = ("mixtral", "deepseek_v3")
+DAMAGE = {"kind": "gaussian_noise", "relative_std": 0.5, "modules": ["experts.gate_up_proj", "experts.down_proj"]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_placements_know_experts(models: dict[str, Path], kind: str):
+    model = model_at(models[kind])
+    experts = expert_parameters(model)
+    assert not any("shared" in name for name in check_adapter(model, Adapter(placement=("all",), rank=4)))
+    assert experts
+    assert all(parameter.shape[0] == 4 for parameter in experts.values())
+    chosen = select(model, ["attention_mlp"], "test")
+    assert set(experts) <= set(chosen)
+    assert set(select(model, ["all"], "test")) >= set(experts)
+
+
+@pytest.mark.parametrize("init", ["closed_form", "closed_form_sequential"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_are_repaired_without_training(models: dict[str, Path], tmp_path: Path, kind: str, init: str):
+    data = make_benchmarks(tmp_path / "data")
+    adapter = {"init": init, "placement": ["experts.gate_up_proj", "experts.down_proj"], "rank": 32}
+    recipe = tiny_recipe(models[kind], data, degrade=DAMAGE, adapter=adapter, train={"epochs": 0})
+    done = run_in_process(recipe, tmp_path / "runs", until="repair")
+    before, after = [json.loads(line)["kl"] for line in (done["repair"] / "held_out.jsonl").read_text().splitlines()]
+    assert after < 0.5 * before
+    details = json.loads((done["repair"] / "manifest.json").read_text())["details"]
+    assert any(".experts" in name for name in details["kept"])
+
+
+@pytest.mark.parametrize("init", ["svd", "closed_form", "closed_form_sequential"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_full_rank_restores_every_expert(models: dict[str, Path], tmp_path: Path, kind: str, init: str):
+    data = make_benchmarks(tmp_path / "data")
+    adapter = {"init": init, "placement": ["gate_up_proj"], "rank": 64}
+    damage = {**DAMAGE, "modules": ["gate_up_proj"]}
+    recipe = tiny_recipe(models[kind], data, degrade=damage, adapter=adapter, train={"epochs": 0})
+    done = run_in_process(recipe, tmp_path / "runs", until="repair")
+    before, after = [json.loads(line)["kl"] for line in (done["repair"] / "held_out.jsonl").read_text().splitlines()]
+    assert before > 0.02
+    assert after < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trained_experts_merge_into_the_weights(models: dict[str, Path], tmp_path: Path, kind: str):
+    """The whole pipeline; then plain PEFT merges what was trained, and the merged model measures the same."""
+    from peft import PeftModel
+
+    data = make_benchmarks(tmp_path / "data")
+    adapter = {"placement": "attention_mlp", "rank": 24}
+    train = {"epochs": 8, "learning_rate": 1e-2}
+    recipe = tiny_recipe(models[kind], data, degrade=DAMAGE, adapter=adapter, train=train)
+    done = run_in_process(recipe, tmp_path / "runs")
+    summary = json.loads((done["report"] / "summary.json").read_text())
+    assert summary["kl"]["recovery"] >= 0.25  # from zero on 2000 tokens, which the closed form does not need
+    base = model_at(done["degrade"])
+    before = {name: parameter.clone() for name, parameter in expert_parameters(base).items()}
+    adapted: Any = PeftModel.from_pretrained(base, done["train"])
+    merged = adapted.merge_and_unload()
+    changed = expert_parameters(merged)
+    assert set(changed) == set(before)
+    assert all(not torch.equal(changed[name], before[name]) for name in before)
+    tokens = text_of((models[kind], data, tmp_path / "runs"), "held_out")
+    found = measure(merged, model_at(models[kind]), tokens, width_of(models[kind]), 512, "")
+    assert found.kl == pytest.approx(summary["kl"]["recovered"], rel=1e-3)
+    assert any("experts" in name for name in load_file(done["train"] / "adapter_model.safetensors"))
+
+
+def test_dense_layers_beside_experts_are_refused_by_name(models: dict[str, Path]):
+    with pytest.raises(UserError, match="PEFT takes gate_proj for the experts' own"):
+        check_adapter(model_at(models["deepseek_v3"]), Adapter(placement=("gate_proj",), rank=4))
