@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from datagen.config import GenerateJob
+from datagen.config import BosMode, Generate, GenerateJob
 from datagen.pieces import Pieces, blocks_of, drop_damaged, is_shard_of, locate, seal, shard_samples
 from datagen.sampling import SamplingPlan, bos_id, eligible_ids, stop_ids
 from datagen.served import ServedEngine, Vocabulary
 from recovery.artifacts import Workspace
 from recovery.config import ModelInput
-from recovery.corpus import SUMMARY, TOKENIZER, Split, shards_of, write_shard
+from recovery.corpus import SUMMARY, TOKENIZER, Sample, Split, Tokens, shards_of, tokens_of, write_shard
 from recovery.corpus_statistics import describe_split
 from recovery.files import write_json
 from recovery.progress import progress
@@ -36,7 +36,7 @@ log = logging.getLogger("recover-lora")
 PIECES = ".pieces"
 
 
-def load_sampling_vocabulary(model: ModelInput, job: GenerateJob) -> Vocabulary:
+def load_sampling_vocabulary(model: ModelInput, bos_mode: BosMode) -> Vocabulary:
     """What sampling needs to know of the generating model, from its small files alone."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -47,7 +47,7 @@ def load_sampling_vocabulary(model: ModelInput, job: GenerateJob) -> Vocabulary:
     except OSError:  # it has none
         generation = GenerationConfig.from_model_config(config)
     width = min(max(tokenizer.get_vocab().values()) + 1, config.get_text_config().vocab_size)
-    bos = bos_id(tokenizer, job.generate.bos)
+    bos = bos_id(tokenizer, bos_mode)
     return Vocabulary(tokenizer, bos, stop_ids(config, generation, tokenizer), width, eligible_ids(tokenizer, width))
 
 
@@ -137,6 +137,25 @@ def generate_served(job: GenerateJob, workspace: Workspace, vocabulary: Vocabula
     return {**engine.details, "throughput": record}
 
 
+def sample_tokens(model: Any, vocabulary: Vocabulary, settings: Generate, seed: int) -> Tokens:
+    """`settings.samples` samples of a loaded model in memory, as the embedded engine makes them."""
+    from datagen.embedded import EmbeddedEngine
+
+    engine = EmbeddedEngine(model, settings, vocabulary.width, vocabulary.bos, vocabulary.stops)
+    plan = SamplingPlan(seed, "train", vocabulary.eligible)
+    bar = progress(settings.samples * settings.max_length, "tok", "generate")
+    samples: list[Sample] = []
+
+    def tell(tokens: int) -> None:
+        bar.update(tokens)
+
+    for first in range(0, settings.samples, settings.batch_samples):
+        block = range(first, min(first + settings.batch_samples, settings.samples))
+        samples += engine.decode([plan.start(index) for index in block], tell)
+    bar.close()
+    return tokens_of(samples, 0 if vocabulary.bos is None else 1)
+
+
 def describe(folder: Path, vocabulary: Vocabulary, tracker: Tracker) -> dict[str, Any]:
     """Write the tokenizer and the summary, and log the statistics."""
     vocabulary.tokenizer.save_pretrained(folder / TOKENIZER)
@@ -169,7 +188,7 @@ def produce(job: GenerateJob, workspace: Workspace) -> dict[str, Any]:
     from datagen.plots import plot_corpus
 
     folder = workspace.path
-    vocabulary = load_sampling_vocabulary(job.model, job)
+    vocabulary = load_sampling_vocabulary(job.model, job.generate.bos)
     with Tracker(job.runtime.tracking, folder / "metrics.jsonl") as tracker:
         if job.generate.engine == "vllm":
             details = generate_served(job, workspace, vocabulary, tracker)

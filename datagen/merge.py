@@ -67,7 +67,7 @@ def merge_parts(folders: Sequence[Path], artifacts: Path) -> Path:
         return job.runtime.output
     with Workspace(job, resumable=True) as workspace, Tracker(None, workspace.path / "metrics.jsonl") as tracker:
         begin(workspace.path, manifests[0]["details"])
-        vocabulary = load_sampling_vocabulary(job.model, job)
+        vocabulary = load_sampling_vocabulary(job.model, job.generate.bos)
         wanted = wanted_of(job)
         bar = progress(sum(map(len, wanted.values())), "sample", "merge")
         for split, indices in wanted.items():

@@ -1,8 +1,8 @@
-"""The heat map of a diagnosis: how much every tensor changed, layer by layer."""
+"""The pictures of a diagnosis: how much every tensor changed, and what that costs, layer by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib as mpl
@@ -10,29 +10,31 @@ import numpy as np
 from matplotlib.colors import LogNorm
 
 from eval.plots import STYLE, new_figure
-from recovery.diagnosis import Finding, layer_of, module_of
+from recovery.diagnosis import layer_of, module_of
 
-LEAST = 1e-3
+DECADES = 3
+"""Of the color scale, below the largest value or 1."""
 
 
-def plot_damage(findings: Sequence[Finding], path: Path) -> None:
-    """Rows are modules, columns are layers (one more for tensors outside them); the color is the relative L2 change."""
-    modules = list(dict.fromkeys(module_of(finding.tensor) for finding in findings))
-    layers = [number for finding in findings if (number := layer_of(finding.tensor)) is not None]
+def plot_tensors(values: Mapping[str, float], title: str, path: Path) -> None:
+    """A value by tensor name, in color: rows are modules, columns are layers (one more for tensors outside them)."""
+    modules = list(dict.fromkeys(module_of(tensor) for tensor in values))
+    layers = [number for tensor in values if (number := layer_of(tensor)) is not None]
     columns = max(layers, default=-1) + 2
-    values = np.full((len(modules), columns), np.nan)
-    for finding in findings:
-        number = layer_of(finding.tensor)
+    grid = np.full((len(modules), columns), np.nan)
+    largest = max(values.values())
+    least = 10.0**-DECADES * largest
+    for tensor, value in values.items():
+        number = layer_of(tensor)
         column = columns - 1 if number is None else number
-        values[modules.index(module_of(finding.tensor)), column] = np.clip(finding.relative_l2, LEAST, 1e3)
+        grid[modules.index(module_of(tensor)), column] = max(value, least)
     with mpl.rc_context(STYLE):
         figure, axes = new_figure(max(5.5, 0.24 * columns + 2.5), max(2.2, 0.34 * len(modules) + 1.4))
-        largest = max(1.0, float(np.nanmax(values)))
-        image = axes.imshow(values, aspect="auto", cmap="YlOrRd", norm=LogNorm(LEAST, largest))
+        image = axes.imshow(grid, aspect="auto", cmap="YlOrRd", norm=LogNorm(least, largest))
         axes.set_yticks(range(len(modules)), modules)
         shown = list(range(0, columns - 1, max(1, (columns - 1) // 10)))
         axes.set_xticks([*shown, columns - 1], [*map(str, shown), "other"])
         axes.set_xlabel("layer")
-        axes.set_title("Change of each tensor, relative L2 (white: none)")
+        axes.set_title(title)
         figure.colorbar(image, ax=axes)
         figure.savefig(path)

@@ -264,19 +264,44 @@ def serve_pool(recipe_file: Path, cluster_name: str, overrides: list[str], runs_
 
 
 @app.command(
-    help="Say what is damaged in a checkpoint, where and how badly, and what to do about it.\n\n"
-    "Example: recover-lora diagnose assets/smollm2-135m-instruct runs/smollm2-135m-demo/degraded --output diagnosis"
+    help="Say what is damaged in a checkpoint, where and how badly, and what to do about it; or with --run, what "
+    "limits a finished recovery.\n\n"
+    "Examples:\n\n"
+    "recover-lora diagnose assets/smollm2-135m-instruct runs/smollm2-135m-demo/degraded --output diagnosis\n\n"
+    "recover-lora diagnose --run launch/recipes/smollm2-135m/demo.yaml"
 )
 def diagnose(
-    reference: Annotated[Path, typer.Argument(metavar="REFERENCE", help="Folder of the full-precision model.")],
-    degraded: Annotated[Path, typer.Argument(metavar="DEGRADED", help="Folder of the damaged one.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", metavar="DIR", help="Write diagnosis.json and a heat map there.")
+    reference: Annotated[Path | None, typer.Argument(metavar="REFERENCE", help="Folder of the full model.")] = None,
+    degraded: Annotated[Path | None, typer.Argument(metavar="DEGRADED", help="Folder of the damaged one.")] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", metavar="RECIPE", help="Explain this recipe's finished recovery instead.")
     ] = None,
+    overrides: Overrides = [],  # noqa: B006 - typer reads it
+    runs_dir: RunsDir = Path("runs"),
+    cluster: ClusterName = "local",
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="DIR", help="Write diagnosis.json and heat maps there.")
+    ] = None,
+    text_tokens: Annotated[
+        int,
+        typer.Option(
+            "--text-tokens",
+            min=0,
+            metavar="N",
+            help="Tokens of the reference's own text on which the damage is weighed; 0 compares weights alone.",
+        ),
+    ] = 4096,
 ) -> None:
+    if run is not None:
+        from launch.limits import explain
+
+        print(explain(load_recipe(run, overrides), load_cluster(cluster), runs_dir, output))
+        return
+    if reference is None or degraded is None:
+        raise UserError("diagnose", "REFERENCE and DEGRADED are missing", "give two folders, or --run RECIPE")
     from launch.diagnose import diagnose as compare
 
-    print(compare(reference, degraded, output))
+    print(compare(reference, degraded, output, text_tokens))
 
 
 for _name, _only, _help in (

@@ -5,22 +5,32 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from eval.heatmap import plot_damage
+from eval.heatmap import plot_tensors
 from recovery.diagnosis import Advice, Checkpoint, Finding, advise, examine, summarize
 from recovery.errors import UserError
 from recovery.files import write_atomic, write_json
 from recovery.progress import progress
+
+if TYPE_CHECKING:
+    from recovery.costs import Costs
 
 CLOSINGS = {
     "nothing": "The weights are the same: a difference must come from the code, the tokenizer or the configuration.",
     "export": "Export the model again.",
     "adapters": "Information was lost: recover it with adapters.",
 }
+SAMPLE_LENGTH = 128
+ENOUGH = 0.9
+"""Predicted recovery from which a higher rank is not advised."""
 
 
-def diagnose(reference: Path, degraded: Path, folder: Path | None) -> str:
-    """Compare two checkpoints tensor by tensor; returns what to print. folder: write findings and heat map there."""
+def diagnose(reference: Path, degraded: Path, folder: Path | None, text_tokens: int) -> str:
+    """Compare two checkpoints tensor by tensor, and on a text what their difference costs; returns what to print.
+
+    folder: write findings and pictures there. text_tokens: of the text, made by the reference; 0: weights alone.
+    """
     for path in (reference, degraded):
         if not path.is_dir():
             raise UserError(str(path), "no such folder", "give folders with safetensors; download a hub model first")
@@ -33,24 +43,87 @@ def diagnose(reference: Path, degraded: Path, folder: Path | None) -> str:
             findings.append(finding)
     bar.close()
     advice = advise(findings)
-    text = render(findings, count, advice)
+    # Structural damage is to be undone, not weighed; and what it left may not even load.
+    costs = weigh_on_text(reference, degraded, text_tokens) if text_tokens and advice.action == "adapters" else None
+    text = render(findings, count, advice, costs)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        content = {"findings": [asdict(finding) for finding in findings], "advice": asdict(advice), "tensors": count}
-        write_json(folder / "diagnosis.json", content)
-        write_atomic(folder / "diagnosis.txt", text + "\n")
-        if findings:
-            plot_damage(findings, folder / "damage.png")
+        write_down(folder, findings, count, advice, costs, text)
     return text
 
 
-def render(findings: list[Finding], tensors: int, advice: Advice) -> str:
+def weigh_on_text(reference: Path, degraded: Path, text_tokens: int) -> Costs:
+    import torch
+
+    from datagen.config import Generate
+    from datagen.generate import load_sampling_vocabulary, sample_tokens
+    from recovery.config import ModelInput
+    from recovery.costs import weigh
+    from recovery.models import load_model
+    from recovery.vocabulary import load_vocabulary, used_width
+
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    given = ModelInput(path=str(reference), digest="")
+    vocabulary = load_sampling_vocabulary(given, "auto")
+    right = load_model(given, dtype)
+    settings = Generate(samples=max(1, text_tokens // SAMPLE_LENGTH), max_length=SAMPLE_LENGTH)
+    tokens = sample_tokens(right, vocabulary, settings, seed=0)
+    wrong = load_model(ModelInput(path=str(degraded), digest=""), dtype, placed=False)
+    width = used_width(load_vocabulary(str(reference)), load_vocabulary(str(degraded)))
+    return weigh(right.to("cpu"), wrong, tokens, width, seed=0)
+
+
+def write_down(
+    folder: Path, findings: list[Finding], count: int, advice: Advice, costs: Costs | None, text: str
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "findings": [asdict(finding) for finding in findings],
+        "advice": asdict(advice),
+        "tensors": count,
+        "costs": None if costs is None else asdict(costs),
+    }
+    write_json(folder / "diagnosis.json", content)
+    write_atomic(folder / "diagnosis.txt", text + "\n")
+    if findings:
+        changes = {finding.tensor: finding.relative_l2 for finding in findings}
+        plot_tensors(changes, "Change of each tensor, relative L2 (white: none)", folder / "damage.png")
+    if costs is not None and costs.nats:
+        plot_tensors(costs.nats, "KL that each damaged matrix causes by itself, nats (estimated)", folder / "costs.png")
+
+
+def render(findings: list[Finding], tensors: int, advice: Advice, costs: Costs | None) -> str:
     lines = [f"{len(findings)} of {tensors} tensors differ" if findings else f"all {tensors} tensors are equal", ""]
     lines += [f"  {title}\n      {detail}" for title, detail in summarize(findings)]
+    if costs is not None:
+        lines += ["", *render_costs(costs)]
     lines += ["", CLOSINGS[advice.action]]
     lines += [f"  - {reason}" for reason in advice.reasons]
     if advice.modules:
         lines.append(f"  adapter.placement: {json.dumps(list(advice.modules))}")
         # The head lies outside the layers, which a closed form repairs.
         lines.append(f"  adapter.init: {'zero' if 'lm_head' in advice.modules else 'closed_form_sequential'}")
+    if costs is not None and costs.forecasts:
+        chosen = next((one for one in costs.forecasts if one.recovery >= ENOUGH), costs.forecasts[-1])
+        lines.append(f"  adapter.rank: {chosen.rank}")
     return "\n".join(lines)
+
+
+def render_costs(costs: Costs) -> list[str]:
+    found = costs.degraded
+    lines = [
+        f"On {costs.tokens} tokens of the reference's own text: KL {found.kl:.4g}, top-1 agreement {found.top1:.1%}",
+        f"  states differ by {costs.drift[0]:.1%} behind the first layer, {costs.drift[-1]:.1%} behind the last",
+    ]
+    dearest = sorted(costs.nats, key=costs.nats.__getitem__, reverse=True)[:5]
+    if dearest:
+        lines.append("  dearest matrices: KL each would cause by itself, estimated")
+        lines += [f"    {costs.nats[name]:9.3g}  {name}" for name in dearest]
+    if costs.restored:
+        lines.append("  put right for real, one at a time: KL saved, predicted and measured")
+        lines += [f"    {one.predicted:9.3g} {one.measured:9.3g}  {one.module}" for one in costs.restored]
+    if costs.forecasts:
+        lines.append("  adapters in closed form on all damaged matrices, predicted: rank, parameters, KL, recovery")
+        lines += [
+            f"    {one.rank:5d} {one.parameters:12,d} {one.kl:9.3g} {one.recovery:7.1%}" for one in costs.forecasts
+        ]
+    return lines

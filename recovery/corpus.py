@@ -87,6 +87,14 @@ class Tokens:
         )
 
 
+def tokens_of(samples: Sequence[Sample], skip: int) -> Tokens:
+    """Samples in memory as one split. skip: as in Tokens."""
+    lengths = [len(sample.tokens) for sample in samples]
+    ids = np.concatenate([np.asarray(sample.tokens, dtype=np.int32) for sample in samples])
+    index = np.array([sample.index for sample in samples], dtype=np.int64)
+    return Tokens(index, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), ids, skip)
+
+
 def to_table(samples: Sequence[Sample]) -> pa.Table:
     """The samples as a table of SCHEMA, without a Python object per token."""
     lengths = [len(sample.tokens) for sample in samples]

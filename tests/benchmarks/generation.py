@@ -65,7 +65,7 @@ class Bench:
         self.folder, self.samples, self.new_tokens = folder, samples, new_tokens
         self.model = ModelInput(path=str(MODEL), digest="smollm2-135m")
         self.turns = 0
-        found = load_sampling_vocabulary(self.model, self.job("one_request", 5))
+        found = load_sampling_vocabulary(self.model, "auto")
         # Nothing ends a text, so that every way of sampling makes the same number of tokens.
         self.vocabulary = Vocabulary(found.tokenizer, found.bos, frozenset(), found.width, found.eligible)
 

@@ -1,0 +1,180 @@
+"""What damaged weights cost a model, and what adapters would give back: on a small text, before anything is trained.
+
+Both models are walked layer by layer on the same text, which gives the drift of the activations and KL. What a single
+damaged matrix costs is recovery.curvature's estimate, to second order, checked by putting the dearest ones right for
+real. The estimates of all matrices together exceed the KL where damage is large, as a distribution can only become so
+wrong; KL = s (1 - exp(-Q / s)), with the one s that fits the measured KL, turns estimates Q into forecasts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from recovery.allocation import Spectrum, spectrum
+from recovery.batches import Batch
+from recovery.calibration import batches_of
+from recovery.corpus import Tokens
+from recovery.curvature import sensitivities
+from recovery.layerwise import Stream, begin, end, layers_of, output_of
+from recovery.loss import compare
+from recovery.measure import Measurement, measurement_of
+from recovery.models import check_training_path, device, head_of, share_equal
+from recovery.placement import linear_modules
+from recovery.progress import progress
+from recovery.survey import differing
+from recovery.targets import DenseTargets
+
+DAMPING = 1e-4
+"""Of both metrics: next to nothing, as the estimates are to be those of the damage itself."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """One matrix put right for real."""
+
+    module: str
+    predicted: float
+    """KL that this should save, nats"""
+    measured: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What adapters of one rank on all damaged matrices leave."""
+
+    rank: int
+    parameters: int
+    kl: float
+    recovery: float
+    """1 - kl / the degraded model's"""
+
+
+@dataclass(frozen=True)
+class Costs:
+    tokens: int
+    degraded: Measurement
+    drift: tuple[float, ...]
+    """||x_degraded - x_reference|| / ||x_reference|| behind every layer"""
+    nats: dict[str, float]
+    """KL that each damaged matrix causes by itself, to second order"""
+    restored: tuple[Restored, ...]
+    forecasts: tuple[Forecast, ...]
+
+
+def saturation(total: float, kl: float) -> float:
+    """The s at which s (1 - exp(-total / s)) is the measured kl; infinite where the estimate is not above it."""
+    if total <= kl:
+        return math.inf
+    low, high = kl, kl
+    while high * -math.expm1(-total / high) < kl:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if middle * -math.expm1(-total / middle) < kl else (low, middle)
+    return high
+
+
+def saturated(estimate: float, total: float, kl: float) -> float:
+    """The KL of damage whose estimate is this, where `total` was measured as `kl`."""
+    ceiling = saturation(total, kl)
+    if math.isinf(ceiling):  # everything is smaller than estimated, or larger: in proportion
+        return estimate * kl / total if total > 0 else 0.0
+    return ceiling * -math.expm1(-estimate / ceiling)
+
+
+def forecast(spectra: Mapping[str, Spectrum], kl: float) -> tuple[Forecast, ...]:
+    """For powers of two up to half of the narrowest matrix' rank."""
+    total = sum(float(found.gains_K.sum()) for found in spectra.values())
+    narrowest = min(len(found.gains_K) for found in spectra.values())
+    ranks = [1 << power for power in range(2, 12) if 1 << power <= narrowest // 2] or [1]
+    forecasts = []
+    for rank in ranks:
+        left = sum(float(found.gains_K[rank:].sum()) for found in spectra.values())
+        predicted = saturated(left, total, kl)
+        parameters = sum(rank * found.parameters for found in spectra.values())
+        forecasts.append(Forecast(rank, parameters, predicted, 1 - predicted / kl))
+    return tuple(forecasts)
+
+
+@torch.no_grad()
+def kl_of(reference: Any, degraded: Any, pairs: Sequence[tuple[Stream, Stream]], width: int) -> Measurement:
+    """Of texts that have come to the end of the layers."""
+    heads = head_of(reference, width), head_of(degraded, width)
+    sums, count = torch.zeros(4, dtype=torch.float64), 0
+    for theirs, own in pairs:
+        batch = theirs.batch
+        theirs_NH, own_NH = end(reference, theirs)[batch.loss_N], end(degraded, own)[batch.loss_N]
+        sums += compare(own_NH, heads[1], DenseTargets(theirs_NH, heads[0]), batch.next_N).cpu()
+        count += len(batch.next_N)
+    return measurement_of(sums, count)
+
+
+@torch.no_grad()
+def drift_of(reference: Any, degraded: Any, pairs: Sequence[tuple[Stream, Stream]]) -> list[float]:
+    """Carry the texts through all layers; the relative L2 difference of the states behind each."""
+    where, found = device(), []
+    for number, layers in enumerate(zip(layers_of(reference), layers_of(degraded), strict=True)):
+        wrong = right = 0.0
+        for pair in pairs:
+            for layer, stream in zip(layers, pair, strict=True):
+                stream.states_1TH = output_of(layer.to(where), number, stream, where).cpu()
+            wrong += float((pair[1].states_1TH - pair[0].states_1TH).double().square().sum())
+            right += float(pair[0].states_1TH.double().square().sum())
+        for layer in layers:
+            layer.to("cpu")
+        found.append(math.sqrt(wrong / max(right, 1e-30)))
+    return found
+
+
+def weigh(reference: Any, degraded: Any, tokens: Tokens, width: int, seed: int, checked: int = 3) -> Costs:
+    """Everything above for these two models, which lie on the CPU. checked: matrices that are put right for real."""
+    share_equal(degraded, reference)
+    for model, name in ((reference, "REFERENCE"), (degraded, "DEGRADED")):
+        check_training_path(model, width, name)
+    batches, _ = batches_of(tokens, range(len(tokens)), 0, 1)
+
+    def measured() -> tuple[list[float], Measurement]:
+        pairs = [(begin(reference, batch), begin(degraded, batch)) for batch in batches]
+        found = drift_of(reference, degraded, pairs)
+        return found, kl_of(reference, degraded, pairs, width)
+
+    drift, before = measured()
+    spectra = spectra_of(reference, degraded, batches, width, seed)
+    nats = {name: float(found.gains_K.sum()) for name, found in spectra.items()}
+    total = sum(nats.values())
+    restored = []
+    for name in sorted(nats, key=nats.__getitem__, reverse=True)[:checked]:
+        module: Any = degraded.get_submodule(name)
+        wrong, module.weight.data = module.weight.data, reference.get_submodule(name).weight.data
+        saved = before.kl - measured()[1].kl
+        module.weight.data = wrong
+        predicted = before.kl - saturated(total - nats[name], total, before.kl)
+        restored.append(Restored(name, predicted, saved))
+    forecasts = forecast(spectra, before.kl) if spectra else ()
+    return Costs(before.tokens, before, tuple(drift), nats, tuple(restored), forecasts)
+
+
+def spectra_of(reference: Any, degraded: Any, batches: Sequence[Batch], width: int, seed: int) -> dict[str, Spectrum]:
+    """Of every damaged linear module in the layers, in the model's order; not of experts."""
+    names = differing(reference, degraded)
+    wanted = {id(module): name for name, module in linear_modules(reference).items() if name in names}
+    layers = layers_of(reference)
+
+    def modules_of(number: int) -> dict[str, Any]:
+        return {wanted[id(module)]: module for module in layers[number].modules() if id(module) in wanted}
+
+    streams = [begin(reference, batch) for batch in batches]
+    spectra: dict[str, Spectrum] = {}
+    bar = progress(len(layers), "layer", "cost")
+    for _, found in sensitivities(reference, streams, modules_of, width, seed, device(), with_inputs=True):
+        for name, one in found.items():
+            right, wrong = (model.get_submodule(name).weight.to(device()) for model in (reference, degraded))
+            spectra[name] = spectrum(right, wrong, one, DAMPING, DAMPING)
+        bar.update(1)
+    bar.close()
+    return {name: spectra[name] for name in names if name in spectra}

@@ -1,0 +1,90 @@
+"""What limits a recovery: the KL that is left, split by what would remove it.
+
+The degraded model is put right in steps, by writing reference weights into it: first the matrices that have adapters
+(what adapters of full rank, perfectly trained, would come to), then all matrices (what any placement could). What is
+left between the steps is what rank and training, placement, and damage outside of matrices still cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recovery.adapters import load_adapter
+from recovery.calibration import calibration_rows
+from recovery.corpus import Tokens
+from recovery.measure import measure
+from recovery.placement import matrices
+
+FORWARD_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Limits:
+    """KL to the reference in nats a token, on held-out text unless said otherwise."""
+
+    degraded: float
+    recovered: float
+    learned: float
+    """on as many tokens of the text that was learned from"""
+    modules: float
+    """with the adapted matrices put right: what other damage costs"""
+    matrices: float
+    """with all matrices put right: what no adapter undoes"""
+
+    @property
+    def rank(self) -> float:
+        """What more rank or longer training could still remove."""
+        return self.recovered - self.modules
+
+    @property
+    def placement(self) -> float:
+        """What adapters in more places could still remove."""
+        return self.modules - self.matrices
+
+    @property
+    def data(self) -> float:
+        """What more text could still remove, which is part of `rank`."""
+        return self.recovered - self.learned
+
+
+def adapted_names(adapted: Any) -> list[str]:
+    """Names of the matrices with an adapter, as recovery.placement has them."""
+    names = []
+    for name, module in adapted.named_modules():
+        if hasattr(module, "lora_A"):
+            inside = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            names.append(f"{inside}.{module.parameter_name}" if hasattr(module, "parameter_name") else inside)
+    return names
+
+
+@torch.no_grad()
+def put_right(degraded: Any, reference: Any, names: Iterable[str]) -> None:
+    """Write the reference's weights into these matrices."""
+    wrong, right = matrices(degraded, head=True), matrices(reference, head=True)
+    for name in names:
+        wrong[name].copy_(right[name])
+
+
+def limits_of(reference: Any, degraded: Any, adapter: Path, learned: Tokens, held_out: Tokens, width: int) -> Limits:
+    """The degraded model ends with the reference's matrices. Both models lie on one device."""
+    rows = calibration_rows(learned, int(held_out.lengths.sum()))
+
+    def kl(model: Any, tokens: Tokens, what: str) -> float:
+        return measure(model, reference, tokens, width, FORWARD_TOKENS, what).kl
+
+    before = kl(degraded, held_out, "degraded")
+    adapted = load_adapter(degraded, adapter)
+    names = adapted_names(adapted)
+    recovered = kl(adapted, held_out, "recovered")
+    on_learned = kl(adapted, learned.head(len(rows)), "recovered, learned text")
+    degraded = adapted.unload()
+    put_right(degraded, reference, names)
+    modules = kl(degraded, held_out, "adapted matrices put right")
+    put_right(degraded, reference, matrices(degraded, head=True))
+    everything = kl(degraded, held_out, "all matrices put right")
+    return Limits(before, recovered, on_learned, modules, everything)

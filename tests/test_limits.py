@@ -1,0 +1,87 @@
+"""`diagnose --run`: what limits a finished recovery."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from launch.cli import app
+from launch.limits import accuracy_notes, render
+from recovery.corpus import read_split
+from recovery.limits import Limits, limits_of
+from tests.pipeline import make_benchmarks, run_in_process, tiny_recipe
+from tests.test_repair import model_at, width_of
+
+
+def test_the_remaining_kl_is_split_by_what_would_remove_it(models: dict[str, Path], tmp_path: Path):
+    """K, V and O are damaged, only K is adapted, at a low rank: most of what is left is a matter of placement."""
+    data = make_benchmarks(tmp_path / "data")
+    recipe = tiny_recipe(
+        models["llama"],
+        data,
+        degrade={"kind": "gaussian_noise", "relative_std": 0.5, "modules": ["k_proj", "v_proj", "o_proj"]},
+        adapter={"placement": ["k_proj"], "rank": 4, "init": "closed_form_sequential", "blend": 0.5},
+        train={"epochs": 0},
+    )
+    done = run_in_process(recipe, tmp_path / "runs")
+    texts = read_split(done["generate"], "train"), read_split(done["generate"], "held_out")
+    found = limits_of(
+        model_at(models["llama"]), model_at(done["degrade"]), done["repair"], *texts, width_of(models["llama"])
+    )
+    summary = json.loads((done["report"] / "summary.json").read_text())
+    assert found.degraded == pytest.approx(summary["kl"]["degraded"], rel=1e-4)
+    assert found.recovered == pytest.approx(summary["kl"]["recovered"], rel=1e-4)
+    assert found.matrices < 1e-6
+    assert 0 < found.modules < found.degraded
+    assert found.placement > 0.5 * found.recovered
+    assert found.rank + found.placement + found.matrices == pytest.approx(found.recovered)
+    assert any("adapter.placement: auto" in line for line in render(found))
+
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
+    arguments = [
+        "diagnose",
+        "--run",
+        str(file),
+        "--runs-dir",
+        str(tmp_path / "runs"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "what is left:" in result.output
+    assert json.loads((tmp_path / "out" / "limits.json").read_text())["modules"] == pytest.approx(
+        found.modules, rel=1e-3
+    )
+
+
+def test_the_largest_cause_is_named_first():
+    lines = render(Limits(degraded=4.0, recovered=1.0, learned=0.2, modules=0.05, matrices=0.04))
+    advice = [line for line in lines if line.startswith("  - ")]
+    assert "more text" in advice[0]
+    assert not any("norms" in line and line.startswith("  - ") for line in lines)
+
+
+def test_negative_and_silent_accuracy_is_explained():
+    def task(measurable: bool, value: float | None) -> dict[str, object]:
+        return {"ar_percent": {"measurable": measurable, "value": value}}
+
+    summary = {"tasks": {"piqa": task(False, None), "sciq": task(True, -20.0)}, "kl": {"recovered": 1.5}}
+    notes = "\n".join(accuracy_notes(summary))
+    assert "says nothing on piqa" in notes
+    assert "sciq -20%" in notes
+    assert "below a KL of about 1" in notes
+
+
+def test_a_run_that_is_not_finished_is_the_users_mistake(models: dict[str, Path], tmp_path: Path):
+    recipe = tiny_recipe(models["llama"], make_benchmarks(tmp_path / "data"))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
+    result = CliRunner().invoke(app, ["diagnose", "--run", str(file), "--runs-dir", str(tmp_path / "runs")])
+    assert result.exception is not None
+    assert "not finished" in str(result.exception)
