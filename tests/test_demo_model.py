@@ -35,7 +35,8 @@ SMALL = [
 # When each of these exists, the stage has kept a piece of its work and has more to do.
 KILL_AT = (
     ".generate-*.partial/train/shard-00000.parquet",
-    ".repair-*.partial/.layers/0003.safetensors",
+    ".repair-*.partial/.curvature/0020.safetensors",
+    ".repair-*.partial/.layers/blend-1.0/0003.safetensors",
     ".train-*.partial/.checkpoints/step-00000002.json",
     ".evaluate-*.partial/items/arc_easy.json",
 )
