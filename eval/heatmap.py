@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from eval.plots import STYLE, new_figure
 from recovery.diagnosis import layer_of, module_of
 
 DECADES = 3
-"""Of the color scale, below the largest value or 1."""
+"""Of the color scale, below the largest value."""
+CEILING = 1e3
+"""Shown for what is larger, or not a number."""
 
 
 def plot_tensors(values: Mapping[str, float], title: str, path: Path) -> None:
@@ -22,9 +25,10 @@ def plot_tensors(values: Mapping[str, float], title: str, path: Path) -> None:
     layers = [number for tensor in values if (number := layer_of(tensor)) is not None]
     columns = max(layers, default=-1) + 2
     grid = np.full((len(modules), columns), np.nan)
-    largest = max(values.values())
+    finite = {name: min(value, CEILING) if math.isfinite(value) else CEILING for name, value in values.items()}
+    largest = max(*finite.values(), 1e-12)
     least = 10.0**-DECADES * largest
-    for tensor, value in values.items():
+    for tensor, value in finite.items():
         number = layer_of(tensor)
         column = columns - 1 if number is None else number
         grid[modules.index(module_of(tensor)), column] = max(value, least)

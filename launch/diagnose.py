@@ -43,8 +43,16 @@ def diagnose(reference: Path, degraded: Path, folder: Path | None, text_tokens: 
             findings.append(finding)
     bar.close()
     advice = advise(findings)
+    text = render(findings, count, advice, None)
+    if folder is not None:  # before the models are run: what was found is not lost if they cannot be
+        write_down(folder, findings, count, advice, None, text)
     # Structural damage is to be undone, not weighed; and what it left may not even load.
-    costs = weigh_on_text(reference, degraded, text_tokens) if text_tokens and advice.action == "adapters" else None
+    if not text_tokens or advice.action != "adapters":
+        return text
+    try:
+        costs = weigh_on_text(reference, degraded, text_tokens)
+    except (UserError, OSError, ValueError) as error:
+        return f"{text}\n\nnot weighed on text: {error}"
     text = render(findings, count, advice, costs)
     if folder is not None:
         write_down(folder, findings, count, advice, costs, text)
@@ -114,6 +122,9 @@ def render_costs(costs: Costs) -> list[str]:
         f"On {costs.tokens} tokens of the reference's own text: KL {found.kl:.4g}, top-1 agreement {found.top1:.1%}",
         f"  states differ by {costs.drift[0]:.1%} behind the first layer, {costs.drift[-1]:.1%} behind the last",
     ]
+    if costs.floor > 0.01 * found.kl:
+        where = "experts, norms, embeddings, biases or the head"
+        lines.append(f"  {costs.floor:.4g} of it is damage in {where}, which is not weighed further")
     dearest = sorted(costs.nats, key=costs.nats.__getitem__, reverse=True)[:5]
     if dearest:
         lines.append("  dearest matrices: KL each would cause by itself, estimated")

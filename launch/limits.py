@@ -38,7 +38,8 @@ def explain(recipe: Recipe, cluster: Cluster, runs_dir: Path, folder: Path | Non
     maker: Any = jobs.get("train", jobs.get("repair"))
     corpus = maker.corpus.path
     width = used_width(
-        load_vocabulary(maker.reference.path, maker.reference.revision), load_vocabulary(maker.degraded.path)
+        load_vocabulary(maker.reference.path, maker.reference.revision),
+        load_vocabulary(maker.degraded.path, maker.degraded.revision),
     )
     models = [load_model(given, maker.dtype) for given in (maker.reference, maker.degraded)]
     texts = read_split(corpus, "train"), read_split(corpus, "held_out")

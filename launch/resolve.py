@@ -31,7 +31,7 @@ from recovery.damage_config import ConversionBug
 from recovery.deepspeed_config import read_deepspeed
 from recovery.errors import UserError, UserErrors
 from recovery.files import HashMemory
-from recovery.placement import check_adapter, select, skeleton
+from recovery.placement import check_adapter, counterparts, select, skeleton
 from recovery.vocabulary import Vocabulary, load_vocabulary, used_width
 
 Result = TypeVar("Result")
@@ -128,6 +128,11 @@ def check_models(recipe: Recipe, names: Names) -> None:
     model = faults.attempt(lambda: skeleton(student.path, student.revision))
     if model is not None:
         faults.attempt(lambda: check_adapter(model, recipe.adapter))
+        if recipe.adapter.init != "zero" and names.degraded is not None:
+            reference = names.reference
+            other = faults.attempt(lambda: skeleton(reference.path, reference.revision))
+            if other is not None:
+                faults.attempt(lambda: counterparts(model, other, "models.degraded"))
         if (damage := recipe.degrade) is not None and not isinstance(damage, ConversionBug):
             faults.attempt(lambda: select(model, damage.modules, "degrade.modules"))
     faults.stop_if_any()

@@ -308,7 +308,7 @@ def _inputs_of(value: object, prefix: str) -> dict[str, ModelInput | ArtifactInp
 
 class DegradeJob(Job):
     stage: ClassVar[str] = "degrade"
-    schema_version: ClassVar[int] = 1
+    schema_version: ClassVar[int] = 2
     seed: int
     reference: ModelInput
     damage: Damage

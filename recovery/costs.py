@@ -20,14 +20,12 @@ from recovery.batches import Batch
 from recovery.calibration import batches_of
 from recovery.corpus import Tokens
 from recovery.curvature import sensitivities
-from recovery.layerwise import Stream, begin, end, layers_of, output_of
-from recovery.loss import compare
-from recovery.measure import Measurement, measurement_of
-from recovery.models import check_training_path, device, head_of, share_equal
+from recovery.layerwise import Stream, begin, layers_of, output_of
+from recovery.measure import Measurement, measure_streams
+from recovery.models import check_training_path, device, share_equal
 from recovery.placement import linear_modules
 from recovery.progress import progress
 from recovery.survey import differing
-from recovery.targets import DenseTargets
 
 DAMPING = 1e-4
 """Of both metrics: next to nothing, as the estimates are to be those of the damage itself."""
@@ -60,15 +58,17 @@ class Costs:
     degraded: Measurement
     drift: tuple[float, ...]
     """||x_degraded - x_reference|| / ||x_reference|| behind every layer"""
+    floor: float
+    """KL with all of `nats`' matrices put right: of damage that adapters on them do not reach"""
     nats: dict[str, float]
-    """KL that each damaged matrix causes by itself, to second order"""
+    """KL that each damaged linear module of the layers causes by itself, to second order"""
     restored: tuple[Restored, ...]
     forecasts: tuple[Forecast, ...]
 
 
 def saturation(total: float, kl: float) -> float:
     """The s at which s (1 - exp(-total / s)) is the measured kl; infinite where the estimate is not above it."""
-    if total <= kl:
+    if total <= kl or kl <= 0:
         return math.inf
     low, high = kl, kl
     while high * -math.expm1(-total / high) < kl:
@@ -87,31 +87,18 @@ def saturated(estimate: float, total: float, kl: float) -> float:
     return ceiling * -math.expm1(-estimate / ceiling)
 
 
-def forecast(spectra: Mapping[str, Spectrum], kl: float) -> tuple[Forecast, ...]:
-    """For powers of two up to half of the narrowest matrix' rank."""
+def forecast(spectra: Mapping[str, Spectrum], kl: float, floor: float) -> tuple[Forecast, ...]:
+    """For powers of two up to half of the narrowest matrix' rank. floor: as in Costs."""
     total = sum(float(found.gains_K.sum()) for found in spectra.values())
     narrowest = min(len(found.gains_K) for found in spectra.values())
     ranks = [1 << power for power in range(2, 12) if 1 << power <= narrowest // 2] or [1]
     forecasts = []
     for rank in ranks:
         left = sum(float(found.gains_K[rank:].sum()) for found in spectra.values())
-        predicted = saturated(left, total, kl)
+        predicted = floor + saturated(left, total, kl - floor)
         parameters = sum(rank * found.parameters for found in spectra.values())
         forecasts.append(Forecast(rank, parameters, predicted, 1 - predicted / kl))
     return tuple(forecasts)
-
-
-@torch.no_grad()
-def kl_of(reference: Any, degraded: Any, pairs: Sequence[tuple[Stream, Stream]], width: int) -> Measurement:
-    """Of texts that have come to the end of the layers."""
-    heads = head_of(reference, width), head_of(degraded, width)
-    sums, count = torch.zeros(4, dtype=torch.float64), 0
-    for theirs, own in pairs:
-        batch = theirs.batch
-        theirs_NH, own_NH = end(reference, theirs)[batch.loss_N], end(degraded, own)[batch.loss_N]
-        sums += compare(own_NH, heads[1], DenseTargets(theirs_NH, heads[0]), batch.next_N).cpu()
-        count += len(batch.next_N)
-    return measurement_of(sums, count)
 
 
 @torch.no_grad()
@@ -141,22 +128,31 @@ def weigh(reference: Any, degraded: Any, tokens: Tokens, width: int, seed: int, 
     def measured() -> tuple[list[float], Measurement]:
         pairs = [(begin(reference, batch), begin(degraded, batch)) for batch in batches]
         found = drift_of(reference, degraded, pairs)
-        return found, kl_of(reference, degraded, pairs, width)
+        return found, measure_streams(reference, degraded, pairs, width)
+
+    def with_right(names: Sequence[str]) -> float:
+        """KL with these modules put right for a moment."""
+        modules = [degraded.get_submodule(name) for name in names]
+        wrong = [module.weight.data for module in modules]
+        for name, module in zip(names, modules, strict=True):
+            module.weight.data = reference.get_submodule(name).weight.data
+        found = measured()[1].kl
+        for module, weight in zip(modules, wrong, strict=True):
+            module.weight.data = weight
+        return found
 
     drift, before = measured()
     spectra = spectra_of(reference, degraded, batches, width, seed)
     nats = {name: float(found.gains_K.sum()) for name, found in spectra.items()}
-    total = sum(nats.values())
+    if not nats:
+        return Costs(before.tokens, before, tuple(drift), before.kl, {}, (), ())
+    total, floor = sum(nats.values()), min(with_right(list(nats)), before.kl)
     restored = []
     for name in sorted(nats, key=nats.__getitem__, reverse=True)[:checked]:
-        module: Any = degraded.get_submodule(name)
-        wrong, module.weight.data = module.weight.data, reference.get_submodule(name).weight.data
-        saved = before.kl - measured()[1].kl
-        module.weight.data = wrong
-        predicted = before.kl - saturated(total - nats[name], total, before.kl)
-        restored.append(Restored(name, predicted, saved))
-    forecasts = forecast(spectra, before.kl) if spectra else ()
-    return Costs(before.tokens, before, tuple(drift), nats, tuple(restored), forecasts)
+        predicted = before.kl - floor - saturated(total - nats[name], total, before.kl - floor)
+        restored.append(Restored(name, predicted, before.kl - with_right([name])))
+    forecasts = forecast(spectra, before.kl, floor)
+    return Costs(before.tokens, before, tuple(drift), floor, nats, tuple(restored), forecasts)
 
 
 def spectra_of(reference: Any, degraded: Any, batches: Sequence[Batch], width: int, seed: int) -> dict[str, Spectrum]:

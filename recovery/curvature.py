@@ -128,14 +128,3 @@ def drawn(stream: Stream, head: Head, seed: int) -> Callable[[Tensor], Tensor]:
         return torch.zeros_like(hidden_TH).index_copy_(0, batch.loss_N, gradient_NH)
 
     return gradient_of
-
-
-def cost(change_OI: Tensor, sensitivity: Sensitivity) -> float:
-    """What a change of the module's weights costs, to second order: nats a token."""
-    assert sensitivity.inputs is not None, "made without the moments of the inputs"
-    change_OI = change_OI.double()
-    moved_OI = change_OI @ (sensitivity.inputs.own_II / sensitivity.inputs.tokens.clamp(min=1.0))
-    curvature = sensitivity.curvature
-    if curvature.dim() == 2:
-        return 0.5 * float((curvature @ change_OI).mul_(moved_OI).sum())
-    return 0.5 * float((curvature[:, None] * change_OI).mul_(moved_OI).sum())

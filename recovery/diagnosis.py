@@ -368,8 +368,8 @@ def advise(findings: Sequence[Finding]) -> Advice:
     lost = [finding for finding in findings if finding.kind != "rounded"]
     if not lost:
         return Advice("nothing", ("the weights were rounded to another dtype on the way, which models bear",))
-    matrices = [finding.tensor for finding in lost if len(finding.shape) == 2 and "embed" not in finding.tensor]
-    modules = tuple(dict.fromkeys(module_of(tensor) for tensor in matrices))
+    matrices = [finding.tensor for finding in lost if len(finding.shape) in (2, 3) and "embed" not in finding.tensor]
+    modules = tuple(dict.fromkeys(adapted_as(tensor) for tensor in matrices))
     rest = "embeddings, norms and biases get no adapter: write the reference's in their place"
     return Advice("adapters", (rest,) if len(matrices) < len(lost) else (), modules)
 
@@ -392,6 +392,14 @@ def module_of(tensor: str) -> str:
     """The last part of the module's name, and `.bias` behind it for one."""
     parts = tensor.removesuffix(".weight").rsplit(".", 2)
     return f"{parts[-2]}.{parts[-1]}" if parts[-1] == "bias" else parts[-1]
+
+
+def adapted_as(tensor: str) -> str:
+    """How adapter.placement names the tensor's module: single experts of a checkpoint are one parameter when loaded."""
+    expert = re.search(r"\.experts\.(?:\d+\.)?(\w+)(?:\.weight)?$", tensor)
+    if expert is None:
+        return module_of(tensor)
+    return f"experts.{'down_proj' if expert.group(1) in ('w2', 'down_proj') else 'gate_up_proj'}"
 
 
 def layer_of(tensor: str) -> int | None:

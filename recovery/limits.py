@@ -15,12 +15,10 @@ from typing import Any
 import torch
 
 from recovery.adapters import load_adapter
-from recovery.calibration import calibration_rows
+from recovery.calibration import FORWARD_TOKENS, calibration_rows
 from recovery.corpus import Tokens
 from recovery.measure import measure
-from recovery.placement import matrices
-
-FORWARD_TOKENS = 2048
+from recovery.placement import counterparts, matrices
 
 
 @dataclass(frozen=True)
@@ -63,10 +61,13 @@ def adapted_names(adapted: Any) -> list[str]:
 
 
 @torch.no_grad()
-def put_right(degraded: Any, reference: Any, names: Iterable[str]) -> None:
-    """Write the reference's weights into these matrices."""
-    wrong, right = matrices(degraded, head=True), matrices(reference, head=True)
-    for name in names:
+def put_right(degraded: Any, reference: Any, names: Iterable[str] | None = None) -> None:
+    """Write the reference's weights into these matrices; into all of them unless named.
+
+    Raises UserError where the reference has other matrices.
+    """
+    wrong, right = matrices(degraded, head=True), counterparts(degraded, reference, "models.degraded")
+    for name in wrong if names is None else names:
         wrong[name].copy_(right[name])
 
 
@@ -85,6 +86,6 @@ def limits_of(reference: Any, degraded: Any, adapter: Path, learned: Tokens, hel
     degraded = adapted.unload()
     put_right(degraded, reference, names)
     modules = kl(degraded, held_out, "adapted matrices put right")
-    put_right(degraded, reference, matrices(degraded, head=True))
+    put_right(degraded, reference)
     everything = kl(degraded, held_out, "all matrices put right")
     return Limits(before, recovered, on_learned, modules, everything)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from recovery.attention import packed
 from recovery.batches import Batch, collate, micro_batches_of
 from recovery.corpus import Tokens
 from recovery.head import Head
+from recovery.layerwise import Stream, end
 from recovery.loss import compare
 from recovery.models import causal_lm, final_hidden, head_of
 from recovery.progress import progress
@@ -48,6 +49,20 @@ def measure(
     head = head_of(student, width)
     with packed(causal_lm(student)), packed(causal_lm(reference)):
         return held_out.measure(lambda: nullcontext(head), lambda batch: final_hidden(student, batch), description)
+
+
+@torch.no_grad()
+def measure_streams(reference: Any, student: Any, pairs: Iterable[tuple[Stream, Stream]], width: int) -> Measurement:
+    """The same of texts that were carried to the end of the layers (recovery.layerwise): the reference's and the
+    student's stream of each."""
+    theirs_head, own_head = head_of(reference, width), head_of(student, width)
+    sums, count = torch.zeros(4, dtype=torch.float64), 0
+    for theirs, own in pairs:
+        batch = theirs.batch
+        theirs_NH, own_NH = end(reference, theirs)[batch.loss_N], end(student, own)[batch.loss_N]
+        sums += compare(own_NH, own_head, DenseTargets(theirs_NH, theirs_head), batch.next_N).cpu()
+        count += len(batch.next_N)
+    return measurement_of(sums, count)
 
 
 class HeldOut:

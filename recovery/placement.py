@@ -41,7 +41,10 @@ def expert_parameters(model: Any) -> dict[str, Any]:
     return {
         f"{name}.{part}": getattr(module, part)
         for name, module in model.named_modules()
-        if getattr(module, "is_transposed", True) is False and module.is_concatenated and not module.has_bias
+        if getattr(module, "is_transposed", True) is False
+        and module.has_gate
+        and module.is_concatenated
+        and not module.has_bias
         for part in ("gate_up_proj", "down_proj")
     }
 
@@ -53,6 +56,26 @@ def matrices(model: Any, *, head: bool = False) -> dict[str, Any]:
     found = linear | expert_parameters(model)
     order = {id(parameter): place for place, parameter in enumerate(model.parameters())}
     return dict(sorted(found.items(), key=lambda item: order[id(item[1])]))
+
+
+def counterparts(degraded: Any, reference: Any, where: str) -> dict[str, Any]:
+    """The reference's weights by the names of the degraded model's matrices, the head where that has its own.
+
+    Raises UserError where the reference lacks one, or has it in another shape.
+    """
+    theirs = dict(reference.named_parameters(remove_duplicate=False))
+    found = {}
+    for name, weight in matrices(degraded, head=True).items():
+        right = theirs.get(name if weight.dim() == 3 else f"{name}.weight")
+        if right is None or right.shape != weight.shape:
+            shape = "none there" if right is None else f"{tuple(right.shape)} there"
+            raise UserError(
+                where,
+                f"{name} is {tuple(weight.shape)}, and the reference has {shape}",
+                "give the reference of the same architecture: weights are compared, not only logits",
+            )
+        found[name] = right
+    return found
 
 
 def skeleton(path: str, revision: str | None) -> Any:
@@ -160,6 +183,7 @@ def check_adapter(model: Any, adapter: Adapter) -> list[str]:
     Raises UserError where there is none, where a closed form cannot reach one, or where the rank is too high.
     """
     if adapter.placement == "auto":
+        parameter_budget(model, adapter)
         return adaptable(model, list(linear_modules(model)))
     names = adaptable(model, select(model, patterns_of(adapter.placement), "adapter.placement", head=True))
     if adapter.init != "zero":

@@ -28,18 +28,16 @@ from recovery.calibration import batches_of, calibration_rows
 from recovery.closed_form import Factors, Metric, Moments
 from recovery.config import Adapter, RepairJob
 from recovery.corpus import TOKENIZER, Tokens, check_ids, read_split
-from recovery.errors import Unavailable
+from recovery.errors import Unavailable, UserError
 from recovery.experts import ExpertLayer, is_expert, solve_experts, together
 from recovery.files import write_atomic
-from recovery.layerwise import Stream, arguments_of, begin, end, groups_of, input_of, layers_of, output_of
-from recovery.loss import compare as compare_distributions
-from recovery.measure import Measurement, measurement_of
-from recovery.models import check_training_path, device, head_of, join_ranks, load_model, share_equal
-from recovery.placement import check_adapter
+from recovery.layerwise import Stream, arguments_of, begin, groups_of, input_of, layers_of, output_of
+from recovery.measure import Measurement, measure_streams
+from recovery.models import check_training_path, device, join_ranks, load_model, share_equal
+from recovery.placement import check_adapter, parameter_budget
 from recovery.progress import progress
 from recovery.stage import run_stage
 from recovery.survey import differing, layer_file, output_metrics, survey
-from recovery.targets import DenseTargets
 from recovery.vocabulary import compare, load_vocabulary, used_width
 
 log = logging.getLogger("recover-lora")
@@ -221,19 +219,9 @@ def pairs_of(
     return [Pair(begin(reference, batch), begin(adapted, batch), measured or not own) for batch in batches]
 
 
-@torch.no_grad()
 def measured(reference: Any, adapted: Any, pairs: Sequence[Pair], width: int) -> Measurement:
-    """KL, top-1 agreement and perplexity of the texts that have come to the end of the layers."""
-    heads = head_of(reference, width), head_of(adapted, width)
-    sums, count = torch.zeros(4, dtype=torch.float64), 0
-    for pair in pairs:
-        batch = pair.reference.batch
-        theirs_NH, own_NH = (
-            end(model, stream)[batch.loss_N] for model, stream in ((reference, pair.reference), (adapted, pair.student))
-        )
-        sums += compare_distributions(own_NH, heads[1], DenseTargets(theirs_NH, heads[0]), batch.next_N).cpu()
-        count += len(batch.next_N)
-    return measurement_of(sums, count)
+    """Of the texts that have come to the end of the layers."""
+    return measure_streams(reference, adapted, ((pair.reference, pair.student) for pair in pairs), width)
 
 
 def untouched(repair: Repair, pairs: Sequence[Pair]) -> None:
@@ -272,25 +260,25 @@ def walk(repair: Repair, folder: Path, tick: Callable[[], None], *, leader: bool
     return kept
 
 
-def check_better(before: Measurement, after: Measurement) -> None:
-    """Raise Unavailable for a repair that made the model worse: it is not delivered."""
+def check_better(before: Measurement, after: Measurement, *, out_of_reach: bool) -> None:
+    """Raise Unavailable for a repair that made the model worse: it is not delivered. out_of_reach: some of the damaged
+    matrices have no adapter."""
     if after.kl < before.kl:
         return
     if before.kl < 1e-6:
         raise Unavailable("the degraded model gives the reference's distribution already: there is nothing to repair")
-    raise Unavailable(
-        f"the closed form made held-out KL worse ({before.kl:.4f} -> {after.kl:.4f}): as much of the damage may lie in "
-        "layers without an adapter, set adapter.placement: auto, or init: zero"
-    )
+    remedy = "set adapter.placement: auto, as there are damaged matrices without an adapter" if out_of_reach else ""
+    remedy = remedy or "diagnose both models: the damage may lie in norms, embeddings or biases; or set init: zero"
+    raise Unavailable(f"the closed form made held-out KL worse ({before.kl:.4f} -> {after.kl:.4f}); {remedy}")
 
 
-def blends_of(adapter: Adapter, damaged: Sequence[str], adapted: Sequence[str]) -> tuple[float, ...]:
-    """The blends to try. Where every damaged matrix has an adapter, 1 is right: nothing is out of reach."""
+def blends_of(adapter: Adapter, *, out_of_reach: bool) -> tuple[float, ...]:
+    """The blends to try. Where every damaged matrix has an adapter, 1 is right."""
     if adapter.init != "closed_form_sequential":
         return (0.0,)
     if adapter.blend != "auto":
         return (adapter.blend,)
-    return BLENDS if set(damaged) - set(adapted) else BLENDS[:1]
+    return BLENDS if out_of_reach else BLENDS[:1]
 
 
 @dataclass(frozen=True)
@@ -326,12 +314,16 @@ class Workshop:
         self._curvature = workspace.path / CURVATURE if weighed else None
         self.allocated: dict[str, int] = {}
         if self._curvature is not None:
-            given = self._reference, degraded, job, self._tokens, self._width, self._curvature
+            given = self._reference, degraded, damaged, job, self._tokens, self._width, self._curvature
             self.allocated = survey(*given, self.rank, self.ranks)
-        if job.adapter.placement == "auto" and not self.allocated:
-            raise Unavailable("no linear module of the layers differs from the reference's: nothing to repair")
         names = list(self.allocated) or check_adapter(degraded, job.adapter)
-        self.blends = blends_of(job.adapter, damaged, names)
+        if job.adapter.placement == "auto" and not self.allocated:
+            if not set(damaged) & set(names):
+                raise Unavailable("no linear module of the layers differs from the reference's: nothing to repair")
+            budget = parameter_budget(degraded, job.adapter)
+            raise UserError("adapter.budget", f"{budget} is less than a single rank of any damaged module", "raise it")
+        self.out_of_reach = bool(set(damaged) - set(names))
+        self.blends = blends_of(job.adapter, out_of_reach=self.out_of_reach)
         self.adapted = add_adapter(degraded, job.adapter, job.seed, self.allocated or None)
         check_training_path(self.adapted, self._width, "models.degraded")
         self._initial = {name: one.detach().clone() for name, one in adapter_parameters(self.adapted).items()}
@@ -389,7 +381,7 @@ def produce(job: RepairJob, workspace: Workspace) -> dict[str, Any]:
             log.info("blend %s: held-out KL %.4f", tried.blend, kl_of(tried))
         found = (before.kl, best.after.kl, 100 * best.after.top1)
         log.info("held-out KL %.4f -> %.4f, top-1 %.1f%%, without training", *found)
-        check_better(before, best.after)
+        check_better(before, best.after, out_of_reach=shop.out_of_reach)
         lines = [
             {**asdict(found), "step": 0, "tokens": tokens, "split": "held_out", "measured_tokens": found.tokens}
             for found, tokens in ((before, 0), (best.after, shop.used_tokens))

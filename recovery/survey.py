@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from recovery.curvature import sensitivities
 from recovery.files import read_json, write_atomic, write_json
 from recovery.layerwise import begin, layers_of
 from recovery.models import device
-from recovery.placement import check_adapter, linear_modules, matrices, parameter_budget
+from recovery.placement import check_adapter, counterparts, linear_modules, matrices, parameter_budget
 from recovery.progress import progress
 
 RANKS = "ranks.json"
@@ -35,8 +36,11 @@ def layer_file(folder: Path, number: int) -> Path:
 
 
 def differing(reference: Any, degraded: Any) -> list[str]:
-    """Names of the matrices (recovery.placement) that are damaged by more than a cast to bfloat16; not the head."""
-    theirs = matrices(reference)
+    """Names of the matrices (recovery.placement) that are damaged by more than a cast to bfloat16; not the head.
+
+    Raises UserError where the reference has other matrices.
+    """
+    theirs = counterparts(degraded, reference, "models.degraded")
 
     def damaged(weight: Tensor, right: Tensor) -> bool:
         if torch.equal(weight, right):
@@ -49,6 +53,7 @@ def differing(reference: Any, degraded: Any) -> list[str]:
 def survey(
     reference: Any,
     degraded: Any,
+    damaged: Sequence[str],
     job: RepairJob,
     tokens: Tokens,
     width: int,
@@ -58,16 +63,18 @@ def survey(
 ) -> dict[str, int]:
     """Write each layer's curvatures (recovery.curvature) by module name into the folder, unless they are there.
 
-    Returns the modules' ranks by full name for placement auto, nothing for the others. Both models have packed
-    attention and lie on the CPU.
+    damaged: what `differing` found. Returns the modules' ranks by full name for placement auto, nothing for the others.
+    Both models lie on the CPU; the reference has packed attention.
     """
     chosen = folder / RANKS
-    if chosen.exists():
+    done: list[Any] = [chosen.exists()]
+    if ranks > 1:  # all go the same way, however late one of them looks
+        torch.distributed.broadcast_object_list(done, 0)
+    if done[0]:
         return read_json(chosen)
     auto, leader = job.adapter.placement == "auto", rank == 0
     names = check_adapter(degraded, job.adapter)
     if auto:
-        damaged = set(differing(reference, degraded))
         names = [name for name in names if name in damaged]
     # Outputs of single experts are not seen: all of them count alike.
     wanted = {id(module): name for name, module in linear_modules(degraded).items() if name in names}
@@ -82,8 +89,11 @@ def survey(
     folder.mkdir(parents=True, exist_ok=True)
     bar = progress(len(theirs), "layer", "curvature") if leader else None
     spectra: dict[str, Spectrum] = {}
-    back = sensitivities(reference, streams, modules_of, width, job.seed, device(), ranks=ranks, with_inputs=auto)
-    for number, found in back:
+    for number, found in (
+        sensitivities(reference, streams, modules_of, width, job.seed, device(), ranks=ranks, with_inputs=auto)
+        if wanted
+        else ()
+    ):
         if leader:
             curvatures = {name: one.curvature.float().cpu() for name, one in found.items() if float(one.tokens)}
             write_atomic(layer_file(folder, number), save(curvatures))
@@ -106,8 +116,8 @@ def survey(
 
 
 def output_metrics(folder: Path | None, number: int, where: torch.device) -> dict[str, OutputMetric]:
-    """Of one layer's modules by name; nothing without a survey."""
-    if folder is None:
+    """Of one layer's modules by name; nothing without a survey, or where it had nothing to look at."""
+    if folder is None or not (path := layer_file(folder, number)).exists():
         return {}
-    found: dict[str, Tensor] = load_file(layer_file(folder, number))
+    found: dict[str, Tensor] = load_file(path)
     return {name: OutputMetric(curvature.to(where), OUTPUT_DAMPING) for name, curvature in found.items()}

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 import recovery.train
 from recovery.adapters import load_adapter
-from recovery.allocation import Spectrum, allocate
+from recovery.allocation import Spectrum, allocate, spectrum
 from recovery.batches import Batch, collate
 from recovery.closed_form import Metric, Moments, OutputMetric
 from recovery.corpus import Split, Tokens, read_split
 from recovery.costs import saturated, weigh
-from recovery.curvature import Sensitivity, cost, drawn, sensitivities
+from recovery.curvature import Sensitivity, drawn, sensitivities
+from recovery.errors import UserError
 from recovery.layerwise import begin, layers_of
 from recovery.measure import measure
 from recovery.models import check_training_path, final_hidden, head_of
@@ -43,6 +44,15 @@ def sense(model: Any, batches: list[Batch], width: int) -> dict[str, Sensitivity
     streams = [begin(model, batch) for batch in batches]
     walk = sensitivities(model, streams, lambda number: linear_of(model, number), width, 0, CPU, with_inputs=True)
     return {f"model.layers.{number}.{name}": one for number, found in walk for name, one in found.items()}
+
+
+def cost(change_OI: Tensor, sensitivity: Sensitivity) -> float:
+    """1/2 tr(G D C D^T), term by term."""
+    assert sensitivity.inputs is not None
+    inputs_II = sensitivity.inputs.own_II / sensitivity.inputs.tokens
+    curvature = sensitivity.curvature
+    weights_OO = curvature if curvature.dim() == 2 else torch.diag(curvature)
+    return 0.5 * float(torch.trace(weights_OO @ change_OI.double() @ inputs_II @ change_OI.double().T))
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -83,6 +93,8 @@ def test_what_a_change_costs_is_its_kl(models: dict[str, Path], prepared: Prepar
             weight += noise
         measured[name] = measure(changed, model_at(folder), tokens, width, 512, "").kl
         predicted[name] = cost(noise, sensitivity)
+        gains = spectrum(before + noise, before, sensitivity, 1e-9, 1e-9).gains_K
+        assert float(gains.sum()) == pytest.approx(predicted[name], rel=1e-3)
         with torch.no_grad():
             weight.copy_(before)
     ratios = sorted(predicted[name] / measured[name] for name in found)
@@ -101,6 +113,7 @@ def test_costs_of_a_checkpoint_and_forecasts_that_come_true(prepared: Prepared, 
     expected = measure(model_at(degraded), model_at(prepared[0]), tokens, width_of(prepared[0]), 512, "")
     assert costs.degraded.kl == pytest.approx(expected.kl, rel=1e-4)
     assert len(costs.drift) == 2
+    assert costs.floor == pytest.approx(0, abs=1e-6)
     assert 0 < costs.drift[0] < 2
     assert set(costs.nats) == {f"model.layers.{n}.self_attn.{part}_proj" for n in (0, 1) for part in "kv"}
     dearest = max(costs.nats, key=costs.nats.__getitem__)
@@ -174,6 +187,26 @@ def test_ranks_go_where_they_save_most_for_their_price():
         assert value(found) >= max(map(value, affordable)) - dearest
         assert all(found.values())
     assert allocate({"a": Spectrum(torch.zeros(3).double(), 1)}, 10) == {}
+
+
+def test_forecasts_do_not_promise_what_adapters_cannot_reach(prepared: Prepared):
+    """K and V are damaged a little, the last norm a lot."""
+    reference, degraded = model_at(prepared[0]), model_at(prepared[0])
+    with torch.no_grad():
+        degraded.model.norm.weight.mul_(0.5)
+        for name in ("k_proj", "v_proj"):
+            weight = degraded.model.layers[0].self_attn.get_submodule(name).weight
+            weight += 0.05 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    costs = weigh(reference, degraded, text_of(prepared), width_of(prepared[0]), seed=0)
+    assert costs.floor > 0.8 * costs.degraded.kl
+    assert all(one.kl >= costs.floor for one in costs.forecasts)
+    assert max(one.recovery for one in costs.forecasts) < 0.2
+
+
+def test_a_budget_too_small_for_a_single_rank_is_the_users_mistake(prepared: Prepared, tmp_path: Path):
+    adapter = {"placement": "auto", "init": "closed_form", "budget": 10}
+    with pytest.raises(UserError, match=r"adapter\.budget: 10 is less than a single rank"):
+        repair_with(prepared, tmp_path / "runs", adapter)
 
 
 def test_auto_adapts_what_is_damaged_and_training_goes_on_from_there(prepared: Prepared, tmp_path: Path):

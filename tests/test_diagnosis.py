@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from eval.heatmap import plot_tensors
 from launch.cli import app
 from recovery.damage import cast, flipped, interleaved, noise_like, pruned, rounded
 from recovery.damage_config import BitFlips, Cast, Pruning
-from recovery.diagnosis import Finding, advise, compare_tensors, examine, summarize
+from recovery.diagnosis import Finding, adapted_as, advise, compare_tensors, examine, summarize
 from recovery.errors import UserError
 from tests.test_degrade import degrade
 
@@ -165,3 +167,34 @@ def test_folders_that_are_no_models_are_the_users_mistake(tiny: Path, tmp_path: 
     (tmp_path / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:5000])
     with pytest.raises(UserError, match="not a whole safetensors file"):
         found(tiny, tmp_path)
+
+
+def test_experts_are_named_as_placements_know_them():
+    names = {
+        "model.layers.1.block_sparse_moe.experts.3.w1.weight": "experts.gate_up_proj",
+        "model.layers.1.mlp.experts.0.up_proj.weight": "experts.gate_up_proj",
+        "model.layers.1.mlp.experts.0.down_proj.weight": "experts.down_proj",
+        "model.layers.1.mlp.experts.gate_up_proj": "experts.gate_up_proj",
+        "model.layers.1.mlp.shared_experts.up_proj.weight": "up_proj",
+    }
+    for tensor, placement in names.items():
+        assert adapted_as(tensor) == placement
+
+
+def test_values_that_are_no_numbers_can_be_drawn(tmp_path: Path):
+    values = {"a.layers.0.k_proj.weight": float("inf"), "a.layers.1.k_proj.weight": float("nan"), "norm": 0.0}
+    plot_tensors(values, "title", tmp_path / "a.png")
+    plot_tensors({"norm.weight": 0.0}, "title", tmp_path / "b.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_what_cannot_be_run_is_still_compared(tiny: Path, tmp_path: Path):
+    degraded = degrade(tiny, tmp_path, kind="gaussian_noise", relative_std=0.5)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(degraded / "model.safetensors", bare)
+    result = CliRunner().invoke(app, ["diagnose", str(tiny), str(bare), "--output", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert "k_proj in layers 0-1" in result.output
+    assert "not weighed on text" in result.output
+    assert json.loads((tmp_path / "out" / "diagnosis.json").read_text())["findings"]

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from launch.cli import app
 from launch.limits import accuracy_notes, render
 from recovery.corpus import read_split
-from recovery.limits import Limits, limits_of
+from recovery.limits import Limits, limits_of, put_right
+from recovery.measure import measure
 from tests.pipeline import make_benchmarks, run_in_process, tiny_recipe
 from tests.test_repair import model_at, width_of
 
@@ -38,7 +39,10 @@ def test_the_remaining_kl_is_split_by_what_would_remove_it(models: dict[str, Pat
     assert found.matrices < 1e-6
     assert 0 < found.modules < found.degraded
     assert found.placement > 0.5 * found.recovered
-    assert found.rank + found.placement + found.matrices == pytest.approx(found.recovered)
+    half_right = model_at(done["degrade"])
+    put_right(half_right, model_at(models["llama"]), [f"model.layers.{number}.self_attn.k_proj" for number in (0, 1)])
+    expected = measure(half_right, model_at(models["llama"]), texts[1], width_of(models["llama"]), 512, "").kl
+    assert found.modules == pytest.approx(expected, rel=1e-4)
     assert any("adapter.placement: auto" in line for line in render(found))
 
     file = tmp_path / "recipe.yaml"

@@ -214,6 +214,6 @@ def test_a_repair_that_makes_it_worse_is_not_delivered(
         return Factors(random, torch.ones(degraded.shape[0], rank).double(), 0.0)
 
     monkeypatch.setattr(recovery.repair.Metric, "factors", wrong)
-    with pytest.raises(Unavailable, match=r"made held-out KL worse .* adapter\.placement: auto"):
+    with pytest.raises(Unavailable, match=r"made held-out KL worse .* diagnose both models"):
         repair_with(prepared, tmp_path / "runs", SEQUENTIAL)
     assert not list((tmp_path / "runs" / "artifacts").glob("repair-*"))
