@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.colors import LogNorm
 
 from eval.plots import STYLE, new_figure
-from recovery.diagnosis import layer_of, module_of
+from recovery.advice import layer_of, module_of
 
 DECADES = 3
 """Of the color scale, below the largest value."""

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.heatmap import plot_tensors
-from recovery.diagnosis import Advice, Checkpoint, Finding, advise, examine, summarize
+from recovery.advice import Advice, advise, summarize
+from recovery.diagnosis import Finding, examine
 from recovery.errors import UserError
 from recovery.files import write_atomic, write_json
 from recovery.progress import progress
+from recovery.weights import Checkpoint
 
 if TYPE_CHECKING:
     from recovery.costs import Costs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,8 +25,8 @@ def explain(recipe: Recipe, cluster: Cluster, runs_dir: Path, folder: Path | Non
     from recovery.corpus import read_split
     from recovery.limits import limits_of
     from recovery.models import load_model
-    from recovery.train import advice
     from recovery.vocabulary import load_vocabulary, used_width
+    from recovery.watch import advice, held_out_lines
 
     names = resolve_names(recipe, HashMemory(runs_dir / ".hashes.json"))
     check_models(recipe, names)
@@ -44,8 +43,7 @@ def explain(recipe: Recipe, cluster: Cluster, runs_dir: Path, folder: Path | Non
     models = [load_model(given, maker.dtype) for given in (maker.reference, maker.degraded)]
     texts = read_split(corpus, "train"), read_split(corpus, "held_out")
     found = limits_of(models[0], models[1], maker.runtime.output, texts[0], texts[1], width)
-    lines = (maker.runtime.output / "held_out.jsonl").read_text().splitlines()
-    kls = [line["kl"] for line in map(json.loads, lines) if line["split"] == "held_out"]
+    kls = [line["kl"] for line in held_out_lines(maker.runtime.output)]
     summary = read_json(report.runtime.output / "summary.json")
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -8,18 +8,15 @@ that lost information (rounding, pruning, noise, flipped bits) by what it leaves
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from recovery.errors import UserError
-from recovery.files import read_json
+from recovery.weights import Checkpoint
 
 Structural = Literal[
     "missing",
@@ -41,8 +38,6 @@ SAME = 0.02
 """Relative L2 below which a tensor counts as another one, but for rounding to a narrower dtype."""
 WHOLE = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes in which a checkpoint is deployed as it is; a cast to a narrower one is damage."""
-BUFFERS = ("inv_freq", "masked_bias", "attn.bias")
-"""Ends of the names of tensors that old checkpoints hold and no model needs."""
 GROUPS = (16, 32, 64, 128, 256)
 SPECTRUM_ROWS = 1024
 """Of a large matrix, the corner whose spectrum is taken: a change of low rank is so everywhere."""
@@ -59,46 +54,6 @@ class Finding:
     kind: Kind
     detail: str
     """What was found, in words and numbers."""
-
-
-@dataclass
-class Checkpoint:
-    """The tensors of a folder, by name, read when they are asked for."""
-
-    folder: Path
-    files: dict[str, Path] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for path in weight_files(self.folder):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    self.files |= dict.fromkeys(file.keys(), path)
-            except (SafetensorError, OSError) as error:
-                found = f"not a whole safetensors file ({error})"
-                raise UserError(str(path), found, "copy or export it again") from error
-        self.files = {name: path for name, path in self.files.items() if not name.endswith(BUFFERS)}
-        if not self.files:
-            raise UserError(str(self.folder), "no .safetensors file in it", "give the folder of a complete model")
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.files
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self.files[name], framework="pt") as file:
-            return file.get_tensor(name)
-
-    def shape_of(self, name: str) -> tuple[int, ...]:
-        with safe_open(self.files[name], framework="pt") as file:
-            return tuple(file.get_slice(name).get_shape())
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads; others beside them (consolidated.safetensors) hold the same weights again."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return sorted({folder / name for name in read_json(index)["weight_map"].values()})
-    whole = folder / "model.safetensors"
-    return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
 
 
 def examine(reference: Path, degraded: Path) -> Iterator[tuple[str, Finding | None]]:
@@ -344,75 +299,3 @@ def _spread(right: Tensor, wrong: Tensor) -> tuple[Kind, str]:
     if abs(kurtosis - 3) < 0.5 and abs(tied) < 0.05:
         return "noise", f"Gaussian, {relative:.3g} times the standard deviation of the weights"
     return "changed", f"by {relative:.3g} times the standard deviation of the weights, kurtosis {kurtosis:.1f}"
-
-
-# ---- what to do ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Advice:
-    action: Literal["nothing", "export", "adapters"]
-    reasons: tuple[str, ...]
-    modules: tuple[str, ...] = ()
-    """Last parts of the names of the damaged matrices, for adapter.placement."""
-
-
-def advise(findings: Sequence[Finding]) -> Advice:
-    """Export again where the damage is structural; adapters on the damaged modules where information was lost."""
-    if not findings:
-        return Advice("nothing", ("all tensors are the reference's",))
-    structural = [finding for finding in findings if finding.kind in get_args(Structural)]
-    if structural:
-        reasons = [f"{title}: {detail}" for title, detail in summarize(structural)]
-        return Advice("export", (*reasons, "no adapter is as good as the right weights: export the model again"))
-    lost = [finding for finding in findings if finding.kind != "rounded"]
-    if not lost:
-        return Advice("nothing", ("the weights were rounded to another dtype on the way, which models bear",))
-    matrices = [finding.tensor for finding in lost if len(finding.shape) in (2, 3) and "embed" not in finding.tensor]
-    modules = tuple(dict.fromkeys(adapted_as(tensor) for tensor in matrices))
-    rest = "embeddings, norms and biases get no adapter: write the reference's in their place"
-    return Advice("adapters", (rest,) if len(matrices) < len(lost) else (), modules)
-
-
-def summarize(findings: Sequence[Finding]) -> list[tuple[str, str]]:
-    """(kind and where, the first one's detail): one line for each kind and module."""
-    groups: dict[tuple[str, str], list[Finding]] = {}
-    for finding in findings:
-        groups.setdefault((finding.kind, module_of(finding.tensor)), []).append(finding)
-    lines = []
-    for (kind, module), members in groups.items():
-        layers = sorted({number for member in members if (number := layer_of(member.tensor)) is not None})
-        where = f" in layers {_ranges(layers)}" if layers else ""
-        size = sum(member.relative_l2 for member in members) / len(members)
-        lines.append((f"{kind.replace('_', ' ')}, {module}{where}", f"{members[0].detail} (relative L2 {size:.3g})"))
-    return lines
-
-
-def module_of(tensor: str) -> str:
-    """The last part of the module's name, and `.bias` behind it for one."""
-    parts = tensor.removesuffix(".weight").rsplit(".", 2)
-    return f"{parts[-2]}.{parts[-1]}" if parts[-1] == "bias" else parts[-1]
-
-
-def adapted_as(tensor: str) -> str:
-    """How adapter.placement names the tensor's module: single experts of a checkpoint are one parameter when loaded."""
-    expert = re.search(r"\.experts\.(?:\d+\.)?(\w+)(?:\.weight)?$", tensor)
-    if expert is None:
-        return module_of(tensor)
-    return f"experts.{'down_proj' if expert.group(1) in ('w2', 'down_proj') else 'gate_up_proj'}"
-
-
-def layer_of(tensor: str) -> int | None:
-    found = re.search(r"\.layers\.(\d+)\.", tensor)
-    return int(found.group(1)) if found else None
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """0, 1, 2, 5 as 0-2, 5."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else f"{part[0]}" for part in parts)

@@ -39,6 +39,7 @@ from recovery.progress import progress
 from recovery.stage import run_stage
 from recovery.survey import differing, layer_file, output_metrics, survey
 from recovery.vocabulary import compare, load_vocabulary, used_width
+from recovery.watch import HELD_OUT
 
 log = logging.getLogger("recover-lora")
 LAYERS = ".layers"
@@ -386,7 +387,7 @@ def produce(job: RepairJob, workspace: Workspace) -> dict[str, Any]:
             {**asdict(found), "step": 0, "tokens": tokens, "split": "held_out", "measured_tokens": found.tokens}
             for found, tokens in ((before, 0), (best.after, shop.used_tokens))
         ]
-        write_atomic(workspace.path / "held_out.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        write_atomic(workspace.path / HELD_OUT, "".join(json.dumps(line) + "\n" for line in lines))
         weights = {name: tensor.cpu() for name, tensor in best.weights.items()}
         save_adapter(shop.adapted, workspace.path, weights, base=str(job.degraded.path))
     if shop.ranks > 1:

@@ -43,6 +43,7 @@ from recovery.stage import run_stage
 from recovery.teacher import TeacherSignal
 from recovery.tracking import Tracker
 from recovery.vocabulary import compare, load_vocabulary, used_width
+from recovery.watch import HELD_OUT, Watch, advice, held_out_lines
 
 log = logging.getLogger("recover-lora")
 CHECKPOINTS = ".checkpoints"
@@ -64,15 +65,6 @@ def learning_rates(step_tokens: list[int], train: Train) -> list[float]:
         share = min(1.0, end / warmup) if before < warmup else (total - before) / (total - warmup)
         rates.append(train.learning_rate * share)
     return rates
-
-
-def advice(kls: list[float]) -> str | None:
-    """What the latest held-out KLs say while training goes on, if anything is wrong."""
-    if len(kls) >= 3 and kls[-1] > kls[-2] > kls[-3]:
-        return "held-out KL has risen twice in a row: overfitting, or too high a learning rate"
-    if len(kls) >= 4 and min(kls[-3:]) > 0.99 * min(kls[:-3]):
-        return "held-out KL stagnates: more rank, another placement or more data would be needed"
-    return None
 
 
 @dataclass
@@ -102,49 +94,6 @@ class Run:
     def feed(self, done: int) -> Generator[Prepared, None, None]:
         """This rank's micro-batches of the steps that are left, made ahead."""
         return prepared(self.tokens, self.teacher, self.plan[done:], self.rank, self.ranks)
-
-
-@dataclass
-class Watch:
-    """The held-out KLs so far, the same on every rank."""
-
-    steps: list[int]
-    kls: list[float]
-
-    @classmethod
-    def of(cls, run: Run) -> Watch:
-        """What earlier processes have measured, as the leader reads it."""
-        found: list[Any] = [None]
-        if run.leader:
-            lines = [json.loads(line) for line in (run.folder / "held_out.jsonl").read_text().splitlines()]
-            own = [line for line in lines if line["split"] == "held_out"]
-            found[0] = ([line["step"] for line in own], [line["kl"] for line in own])
-        torch.distributed.broadcast_object_list(found, 0)
-        return cls(*found[0])
-
-    def take(self, run: Run, step: int, kl: float) -> None:
-        """Note a measurement; the adapters of the best one are kept. The leader's figure counts on every rank."""
-        shared = torch.tensor(kl, dtype=torch.float64, device=device())
-        torch.distributed.broadcast(shared, 0)
-        self.steps.append(step)
-        self.kls.append(float(shared))
-        if self.best == len(self.kls) - 1:
-            keep_weights(run, step)
-
-    def best_until(self, step: int) -> int:
-        """The step of the best measurement up to this step."""
-        return min((kl, taken) for kl, taken in zip(self.kls, self.steps, strict=True) if taken <= step)[1]
-
-    @property
-    def best(self) -> int:
-        return min(range(len(self.kls)), key=self.kls.__getitem__)
-
-    @property
-    def best_step(self) -> int:
-        return self.steps[self.best]
-
-    def has_stagnated(self, patience: int | None) -> bool:
-        return patience is not None and len(self.kls) - 1 - self.best >= patience
 
 
 @dataclass(frozen=True)
@@ -218,7 +167,7 @@ def resume(run: Run) -> int:
         run.engine.restore(state, done, batch, run.teacher.targets(batch, run.teacher.fetch(rows)))
         log.info("going on after step %d of %d", done, len(run.plan))
     if run.leader:
-        for name in ("history.jsonl", "held_out.jsonl"):
+        for name in ("history.jsonl", HELD_OUT):
             _keep_until(run.folder / name, done if found is not None else -1)
     return done
 
@@ -288,7 +237,7 @@ def measure_held_out(run: Run, step: int, tokens: int) -> dict[str, Measurement]
     for name, text in run.held_out.items():
         results[name] = text.measure(run.student.whole_head, run.engine.hidden)
     if run.leader:
-        with (run.folder / "held_out.jsonl").open("a") as file:
+        with (run.folder / HELD_OUT).open("a") as file:
             for name, result in results.items():
                 line = {
                     **asdict(result),
@@ -313,7 +262,7 @@ def train(run: Run, workspace: Workspace | None) -> Watch:
         measure_held_out(run, 0, 0)
         if run.job.start is not None:
             keep_weights(run, 0)
-    watch = Watch.of(run)
+    watch = Watch.of(run.folder, leader=run.leader)
     bar = progress(ends[-1], "tok", "train", ends[done]) if run.leader else None
     feed, clock = run.feed(done), time.monotonic()
     for number in range(done, len(run.plan)):
@@ -335,7 +284,8 @@ def train(run: Run, workspace: Workspace | None) -> Watch:
                 bar.set_postfix_str(f"loss {lines[-1]['loss']:.3f}")
             clock = time.monotonic()
         if evaluate:
-            watch.take(run, step, measure_held_out(run, step, tokens)["held_out"].kl)
+            if watch.take(step, measure_held_out(run, step, tokens)["held_out"].kl):
+                keep_weights(run, step)
             if run.leader and (hint := advice(watch.kls)):
                 log.warning(hint)
         if checkpoint or (evaluate and watch.has_stagnated(settings.patience)):
@@ -396,7 +346,7 @@ def check_better(watch: Watch, job: TrainJob) -> None:
     """Raise Unavailable where training found nothing better than the degraded model: no adapter is delivered then."""
     degraded = watch.kls[0]
     if job.start is not None:
-        degraded = json.loads((job.start.path / "held_out.jsonl").read_text().splitlines()[0])["kl"]
+        degraded = held_out_lines(job.start.path)[0]["kl"]
     best = watch.kls[watch.best]
     if best >= degraded:
         raise Unavailable(

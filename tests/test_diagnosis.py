@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from eval.heatmap import plot_tensors
 from launch.cli import app
+from recovery.advice import adapted_as, advise, summarize
 from recovery.damage import cast, flipped, interleaved, noise_like, pruned, rounded
 from recovery.damage_config import BitFlips, Cast, Pruning
-from recovery.diagnosis import Finding, adapted_as, advise, compare_tensors, examine, summarize
+from recovery.diagnosis import Finding, compare_tensors, examine
 from recovery.errors import UserError
 from tests.test_degrade import degrade
 

@@ -22,8 +22,9 @@ from recovery.errors import Unavailable, UserError
 from recovery.measure import measure
 from recovery.models import load_model
 from recovery.stage import build
-from recovery.train import advice, learning_rates
+from recovery.train import learning_rates
 from recovery.vocabulary import load_vocabulary, used_width
+from recovery.watch import advice
 from tests.conftest import REPOSITORY
 from tests.pipeline import job_of, make_benchmarks, run_in_process, tiny_recipe
 

@@ -1,0 +1,71 @@
+"""The held-out measurements of a training run: which was best, whether it goes on getting better."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recovery.models import device
+
+HELD_OUT = "held_out.jsonl"
+"""One line a measurement and text, in a run's folder."""
+
+
+def advice(kls: list[float]) -> str | None:
+    """What the latest held-out KLs say while training goes on, if anything is wrong."""
+    if len(kls) >= 3 and kls[-1] > kls[-2] > kls[-3]:
+        return "held-out KL has risen twice in a row: overfitting, or too high a learning rate"
+    if len(kls) >= 4 and min(kls[-3:]) > 0.99 * min(kls[:-3]):
+        return "held-out KL stagnates: more rank, another placement or more data would be needed"
+    return None
+
+
+def held_out_lines(folder: Path) -> list[dict[str, Any]]:
+    """The measurements of the held-out text itself, in their order."""
+    lines = [json.loads(line) for line in (folder / HELD_OUT).read_text().splitlines()]
+    return [line for line in lines if line["split"] == "held_out"]
+
+
+@dataclass
+class Watch:
+    """The held-out KLs so far, the same on every rank."""
+
+    steps: list[int]
+    kls: list[float]
+
+    @classmethod
+    def of(cls, folder: Path, *, leader: bool) -> Watch:
+        """What earlier processes have measured, as the leader reads it."""
+        found: list[Any] = [None]
+        if leader:
+            own = held_out_lines(folder)
+            found[0] = ([line["step"] for line in own], [line["kl"] for line in own])
+        torch.distributed.broadcast_object_list(found, 0)
+        return cls(*found[0])
+
+    def take(self, step: int, kl: float) -> bool:
+        """Note a measurement; whether it is the best so far. The leader's figure counts on every rank."""
+        shared = torch.tensor(kl, dtype=torch.float64, device=device())
+        torch.distributed.broadcast(shared, 0)
+        self.steps.append(step)
+        self.kls.append(float(shared))
+        return self.best == len(self.kls) - 1
+
+    def best_until(self, step: int) -> int:
+        """The step of the best measurement up to this step."""
+        return min((kl, taken) for kl, taken in zip(self.kls, self.steps, strict=True) if taken <= step)[1]
+
+    @property
+    def best(self) -> int:
+        return min(range(len(self.kls)), key=self.kls.__getitem__)
+
+    @property
+    def best_step(self) -> int:
+        return self.steps[self.best]
+
+    def has_stagnated(self, patience: int | None) -> bool:
+        return patience is not None and len(self.kls) - 1 - self.best >= patience
