@@ -16,6 +16,7 @@ from torch import Tensor
 
 import recovery.repair
 import recovery.train
+import recovery.walk
 from recovery.adapters import load_adapter
 from recovery.batches import collate
 from recovery.calibration import calibration_rows
@@ -147,7 +148,7 @@ def test_a_killed_repair_ends_with_the_same_bytes(
     class Killed(BaseException):
         pass
 
-    real = recovery.repair.Repair.solve
+    real = recovery.walk.Repair.solve
 
     def solve(repair: Any, number: int) -> Any:
         if number == 1:
@@ -155,11 +156,11 @@ def test_a_killed_repair_ends_with_the_same_bytes(
         return real(repair, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(recovery.repair.Repair, "solve", solve)
+        patch.setattr(recovery.walk.Repair, "solve", solve)
         with pytest.raises(Killed):
             repair_with(prepared, tmp_path / "b", SEQUENTIAL)
     solved = []
-    monkeypatch.setattr(recovery.repair.Repair, "solve", lambda r, number: (solved.append(number), real(r, number))[1])
+    monkeypatch.setattr(recovery.walk.Repair, "solve", lambda r, number: (solved.append(number), real(r, number))[1])
     resumed = repair_with(prepared, tmp_path / "b", SEQUENTIAL)
     assert 0 not in solved
     for name in ("adapter_model.safetensors", "held_out.jsonl"):
@@ -213,7 +214,7 @@ def test_a_repair_that_makes_it_worse_is_not_delivered(
         random = torch.randn(rank, degraded.shape[1], generator=torch.Generator().manual_seed(0)).double()
         return Factors(random, torch.ones(degraded.shape[0], rank).double(), 0.0)
 
-    monkeypatch.setattr(recovery.repair.Metric, "factors", wrong)
+    monkeypatch.setattr(recovery.walk.Metric, "factors", wrong)
     with pytest.raises(Unavailable, match=r"made held-out KL worse .* diagnose both models"):
         repair_with(prepared, tmp_path / "runs", SEQUENTIAL)
     assert not list((tmp_path / "runs" / "artifacts").glob("repair-*"))

@@ -1,0 +1,241 @@
+"""The walk through the layers: every layer's adapters solved, and the texts carried through it, in both models.
+
+One layer of each model is on the device at a time; ranks share the texts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from recovery.calibration import batches_of
+from recovery.closed_form import Factors, Metric, Moments
+from recovery.config import Adapter
+from recovery.corpus import Tokens
+from recovery.experts import ExpertLayer, is_expert, solve_experts, together
+from recovery.files import write_atomic
+from recovery.layerwise import Stream, arguments_of, begin, groups_of, input_of, layers_of, output_of
+from recovery.measure import Measurement, measure_streams
+from recovery.models import device
+from recovery.progress import progress
+from recovery.survey import layer_file, output_metrics
+
+Solved = dict[str, Tensor]
+"""`<module>.A` and `<module>.B` of one layer's modules."""
+
+
+@dataclass
+class Pair:
+    """The same text on its way through both models. measured: text which teaches nothing."""
+
+    reference: Stream
+    student: Stream
+    measured: bool
+
+
+class Repair:
+    """The walk through the layers."""
+
+    def __init__(
+        self,
+        reference: Any,
+        adapted: Any,
+        adapter: Adapter,
+        blend: float,
+        pairs: list[Pair],
+        ranks: int,
+        curvature: Path | None,
+    ) -> None:
+        """curvature: the folder that recovery.survey wrote; None: all outputs count alike."""
+        self._adapter, self._blend, self._pairs, self._ranks = adapter, blend, pairs, ranks
+        self._curvature = curvature
+        self.reference_layers, self.student_layers = layers_of(reference), layers_of(adapted)
+        self._device = device()
+
+    @property
+    def _sequential(self) -> bool:
+        return self._adapter.init == "closed_form_sequential"
+
+    def adapters_in(self, number: int) -> dict[str, Any]:
+        """The layer's modules with an adapter, by their names in the layer."""
+        named = self.student_layers[number].named_modules()
+        return {name: module for name, module in named if hasattr(module, "lora_A")}
+
+    def solve(self, number: int) -> tuple[Solved, dict[str, float]]:
+        """Find and set the factors of one layer's adapters; returns them, and the share of the change they keep."""
+        modules = self.adapters_in(number)
+        if not modules:
+            return {}, {}
+        layer, stream = self._subject(number, self._pairs[0])
+        inside = {name: layer.get_submodule(name) for name, module in modules.items() if not is_expert(module)}
+        solved: Solved = {}
+        kept: dict[str, float] = {}
+        groups = groups_of(layer, inside, number, stream, self._device)
+        if self._ranks > 1:  # another rank's text may have been routed to other experts
+            shared: list[Any] = [groups]
+            torch.distributed.broadcast_object_list(shared, 0)
+            groups = shared[0]
+        outputs = output_metrics(self._curvature, number, self._device)
+        for group in groups:
+            metric = self._metric(number, group[0])
+            if metric is None:
+                continue
+            for name in group:
+                degraded_OI = modules[name].get_base_layer().weight
+                reference: Any = self.reference_layers[number].get_submodule(name)
+                rank = modules[name].r["default"]
+                factors = metric.factors(reference.weight, degraded_OI, rank, self._blend, outputs.get(name))
+                solved |= {f"{name}.A": factors.a_RI.float().cpu(), f"{name}.B": factors.b_OR.float().cpu()}
+                kept[name] = factors.kept
+            # The next group of this layer is fed by what has just been repaired.
+            self.apply(number, {key: solved[key] for name in group for key in (f"{name}.A", f"{name}.B")})
+        # Last in their layer; what goes up decides what goes down.
+        experts = {name: module for name, module in modules.items() if is_expert(module)}
+        for name in sorted(experts, key=lambda name: experts[name].parameter_name == "down_proj"):
+            factors = self._solve_experts(number, name)
+            a_XI, b_OX = together(factors, self._expert_layer(number, name))
+            own = {f"{name}.A": a_XI, f"{name}.B": b_OX}
+            self.apply(number, own)
+            solved |= own
+            kept |= {f"{name}.{expert}": one.kept for expert, one in enumerate(factors) if one is not None}
+        return solved, kept
+
+    def _expert_layer(self, number: int, name: str) -> ExpertLayer:
+        inside = name.replace(".base_layer", "")
+        return ExpertLayer(
+            self.student_layers[number].get_submodule(name), self.reference_layers[number].get_submodule(inside)
+        )
+
+    def _solve_experts(self, number: int, name: str) -> list[Factors | None]:
+        found = self._expert_layer(number, name)
+        reference = self.reference_layers[number]
+        experts = found.wrapper.get_base_layer() if self._sequential else found.reference
+
+        def texts() -> Iterator[tuple[Any, Tensor]]:
+            for pair in self._pairs:
+                if pair.measured:
+                    continue
+                layer, stream = self._subject(number, pair)
+                called = arguments_of(layer, experts, number, stream, self._device)
+                theirs = called
+                if self._sequential:
+                    theirs = arguments_of(reference, found.reference, number, pair.reference, self._device)
+                assert called is not None, "experts that are never called"
+                assert theirs is not None, "experts that are never called"
+                yield called, theirs[0]
+
+        given = None if self._adapter.init == "svd" else texts
+        return solve_experts(
+            found, given, self._adapter.damping, self._blend, ranks=self._ranks, sequential=self._sequential
+        )
+
+    def _subject(self, number: int, pair: Pair) -> tuple[nn.Module, Stream]:
+        """Whose inputs count: the student's own, or the reference's where each layer is repaired by itself."""
+        if self._sequential:
+            return self.student_layers[number], pair.student
+        return self.reference_layers[number], pair.reference
+
+    def _metric(self, number: int, name: str) -> Metric | None:
+        """Over all ranks; None where no token came by."""
+        reference = self.reference_layers[number]
+        wide: Any = reference.get_submodule(name)
+        if self._adapter.init == "svd":
+            return Metric(Moments.alike(wide.in_features, self._device), self._adapter.damping)
+        moments = Moments.zero(wide.in_features, self._device)
+        for pair in self._pairs:
+            if pair.measured:
+                continue
+            layer, stream = self._subject(number, pair)
+            own_TI = input_of(layer, layer.get_submodule(name), number, stream, self._device)
+            theirs_TI = own_TI
+            if self._sequential:
+                module = reference.get_submodule(name)
+                theirs_TI = input_of(reference, module, number, pair.reference, self._device)
+                if theirs_TI.shape != own_TI.shape:  # routed to other experts: no token has both
+                    theirs_TI = own_TI
+            if len(own_TI):
+                moments.add(own_TI, theirs_TI)
+        if self._ranks > 1:
+            moments.all_reduce()
+        return Metric(moments, self._adapter.damping) if float(moments.tokens) else None
+
+    @torch.no_grad()
+    def apply(self, number: int, solved: Solved) -> None:
+        modules = self.adapters_in(number)
+        for key, tensor in solved.items():
+            name, _, side = key.rpartition(".")
+            weight = (modules[name].lora_A if side == "A" else modules[name].lora_B)["default"].weight
+            # Where nothing is wanted A keeps its random rows: with A and B both zero neither would ever learn.
+            kept = tensor.any(dim=1, keepdim=True) if side == "A" else torch.ones(1, 1, dtype=torch.bool)
+            weight.copy_(torch.where(kept.to(weight.device), tensor.to(weight), weight))
+            if self._ranks > 1:  # the decompositions of two machines may differ in their last bits
+                torch.distributed.broadcast(weight, 0)
+
+    def advance(self, number: int, pairs: Sequence[Pair] | None = None) -> None:
+        """Carry the texts (all of them, or these) through the layer, in both models."""
+        for pair in self._pairs if pairs is None else pairs:
+            for layers, stream in (
+                (self.reference_layers, pair.reference),
+                (self.student_layers, pair.student),
+            ):
+                stream.states_1TH = output_of(layers[number], number, stream, self._device).cpu()
+
+    def place(self, number: int, where: torch.device) -> None:
+        self.reference_layers[number].to(where)
+        self.student_layers[number].to(where)
+
+
+def pairs_of(
+    reference: Any, adapted: Any, tokens: Tokens, rows: Sequence[int], *, measured: bool, rank: int, ranks: int
+) -> list[Pair]:
+    """This rank's share of the rows, in front of the first layer."""
+    batches, own = batches_of(tokens, rows, rank, ranks)
+    return [Pair(begin(reference, batch), begin(adapted, batch), measured or not own) for batch in batches]
+
+
+def measured(reference: Any, adapted: Any, pairs: Sequence[Pair], width: int) -> Measurement:
+    """Of the texts that have come to the end of the layers."""
+    return measure_streams(reference, adapted, ((pair.reference, pair.student) for pair in pairs), width)
+
+
+def untouched(repair: Repair, pairs: Sequence[Pair]) -> None:
+    """Carry held-out texts through all layers while B is still zero: the degraded model's own result."""
+    for number in range(len(repair.student_layers)):
+        repair.place(number, device())
+        repair.advance(number, pairs)
+        repair.place(number, torch.device("cpu"))
+
+
+def walk(repair: Repair, folder: Path, tick: Callable[[], None], *, leader: bool) -> dict[str, float]:
+    """Solve and advance layer after layer; finished layers are read from `folder`. Returns what the factors keep."""
+    kept: dict[str, float] = {}
+    count = len(repair.student_layers)
+    bar = progress(count, "layer", "repair") if leader else None
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        repair.place(number, device())
+        path = layer_file(folder, number)
+        if path.exists():
+            repair.apply(number, load_file(path))
+            shares = json.loads(path.with_suffix(".json").read_text())
+        else:
+            solved, shares = repair.solve(number)
+            if leader:
+                write_atomic(path.with_suffix(".json"), json.dumps(shares))
+                write_atomic(path, save({key: tensor.contiguous() for key, tensor in solved.items()}))
+                tick()
+        kept |= {f"{number}.{name}": share for name, share in shares.items()}
+        repair.advance(number)
+        repair.place(number, torch.device("cpu"))
+        if bar is not None:
+            bar.update(1)
+    if bar is not None:
+        bar.close()
+    return kept
