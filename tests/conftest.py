@@ -18,6 +18,8 @@ torch.set_num_threads(1)  # more cost tiny models more than they give
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("llama", "olmo", "gemma2", "qwen2", "gemma3", "phi3", "deepseek_v3", "mixtral")
+WITH_BOS = ("llama", "gemma2", "gemma3")
+"""Kinds whose tokenizer puts a beginning-of-text id in front."""
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -115,7 +117,7 @@ def make_model(folder: Path, kind: str = "llama", *, seed: int = 0, **tokenizer:
     """A saved model folder; returns it."""
     from transformers import AutoModelForCausalLM
 
-    tokens = make_tokenizer(bos=kind in ("llama", "gemma2", "gemma3"), **tokenizer)
+    tokens = make_tokenizer(bos=kind in WITH_BOS, **tokenizer)
     torch.manual_seed(seed)
     model: Any = AutoModelForCausalLM.from_config(make_config(kind, len(tokens)))
     if kind == "qwen2":

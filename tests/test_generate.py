@@ -18,7 +18,7 @@ from recovery.config import ModelInput
 from recovery.corpus import read_rows
 from recovery.models import load_model
 from recovery.stage import build
-from tests.conftest import ARCHITECTURES, make_tokenizer
+from tests.conftest import ARCHITECTURES, WITH_BOS, make_tokenizer
 from tests.pipeline import job_of, make_benchmarks, tiny_recipe
 
 
@@ -37,7 +37,7 @@ def test_the_first_tokens_are_the_greedy_continuation(kind: str, models: dict[st
     """Against transformers' own generate, one sample at a time."""
     rows = generate(models[kind], tmp_path / "runs")
     model = load_model(ModelInput(path=str(models[kind]), digest=""), "float32")
-    prefix = 1 if kind in ("llama", "gemma2") else 0
+    prefix = 1 if kind in WITH_BOS else 0
     checked = 0
     for row in rows:
         start = torch.tensor([row["tokens"][: prefix + 1]])
