@@ -22,10 +22,9 @@ SMALL = 0.1
 
 def explain(recipe: Recipe, cluster: Cluster, runs_dir: Path, folder: Path | None) -> str:
     """What is left of the damage and why; returns what to print. folder: write limits.json there."""
-    from recovery.corpus import read_split
     from recovery.limits import limits_of
     from recovery.models import load_model
-    from recovery.vocabulary import load_vocabulary, used_width
+    from recovery.texts import read_texts
     from recovery.watch import advice, held_out_lines
 
     names = resolve_names(recipe, HashMemory(runs_dir / ".hashes.json"))
@@ -35,14 +34,9 @@ def explain(recipe: Recipe, cluster: Cluster, runs_dir: Path, folder: Path | Non
     if not report.runtime.output.exists():
         raise UserError(recipe.name, "not finished", f"run it first; there is no {report.runtime.output}")
     maker: Any = jobs.get("train", jobs.get("repair"))
-    corpus = maker.corpus.path
-    width = used_width(
-        load_vocabulary(maker.reference.path, maker.reference.revision),
-        load_vocabulary(maker.degraded.path, maker.degraded.revision),
-    )
     models = [load_model(given, maker.dtype) for given in (maker.reference, maker.degraded)]
-    texts = read_split(corpus, "train"), read_split(corpus, "held_out")
-    found = limits_of(models[0], models[1], maker.runtime.output, texts[0], texts[1], width)
+    texts = read_texts(maker)
+    found = limits_of(models[0], models[1], maker.runtime.output, texts.train, texts.held_out, texts.width)
     kls = [line["kl"] for line in held_out_lines(maker.runtime.output)]
     summary = read_json(report.runtime.output / "summary.json")
     if folder is not None:

@@ -326,9 +326,9 @@ class CacheJob(Job):
     teacher: Annotated[HiddenStatesTeacher | SparseLogitsTeacher, Field(discriminator="kind")]
 
 
-class RepairJob(Job):
-    stage: ClassVar[str] = "repair"
-    schema_version: ClassVar[int] = 2
+class AdapterJob(Job):
+    """What every stage that makes an adapter reads."""
+
     seed: int
     dtype: Dtype
     reference: ModelInput
@@ -337,21 +337,20 @@ class RepairJob(Job):
     adapter: Adapter
 
 
-class TrainJob(Job):
+class RepairJob(AdapterJob):
+    stage: ClassVar[str] = "repair"
+    schema_version: ClassVar[int] = 2
+
+
+class TrainJob(AdapterJob):
     stage: ClassVar[str] = "train"
     schema_version: ClassVar[int] = 3
-    seed: int
-    dtype: Dtype
-    reference: ModelInput
-    degraded: ModelInput
-    corpus: ArtifactInput
     contexts: ArtifactInput | None = None
     """Benchmark contexts: held-out KL is measured on them too, nothing is learned from them."""
     cache: ArtifactInput | None = None
     """The reference's signal; None with an online teacher, whose forward runs beside the student's."""
     start: ArtifactInput | None = None
     """The adapter of a closed form, with which training begins."""
-    adapter: Adapter
     teacher: Teacher
     train: Train
     deepspeed: dict[str, Any]

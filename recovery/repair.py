@@ -11,9 +11,8 @@ recovery.closed_form's. The artifact's folder is a PEFT adapter, with `held_out.
 from __future__ import annotations
 
 import datetime
-import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from recovery.adapters import adapter_parameters, add_adapter, save_adapter
 from recovery.artifacts import Workspace
 from recovery.calibration import calibration_rows
 from recovery.config import Adapter, RepairJob
-from recovery.corpus import TOKENIZER, check_ids, read_split
 from recovery.errors import Unavailable, UserError
 from recovery.files import write_atomic
 from recovery.measure import Measurement
@@ -31,9 +29,9 @@ from recovery.models import check_training_path, join_ranks, load_model, share_e
 from recovery.placement import check_adapter, parameter_budget
 from recovery.stage import run_stage
 from recovery.survey import differing, survey
-from recovery.vocabulary import compare, load_vocabulary, used_width
+from recovery.texts import read_texts
 from recovery.walk import Pair, Repair, measured, pairs_of, untouched, walk
-from recovery.watch import HELD_OUT
+from recovery.watch import HELD_OUT, line_of
 
 log = logging.getLogger("recover-lora")
 LAYERS = ".layers"
@@ -82,11 +80,8 @@ class Workshop:
         # The others wait while the first rank measures the held-out text.
         self.rank, self.ranks = join_ranks("nccl" if torch.cuda.is_available() else "gloo", LONGEST_WAIT)
         self._job, self._workspace = job, workspace
-        vocabulary = load_vocabulary(job.reference.path, job.reference.revision)
-        self._width = used_width(vocabulary, load_vocabulary(job.degraded.path, job.degraded.revision))
-        compare(vocabulary, load_vocabulary(str(job.corpus.path / TOKENIZER), model=False), str(job.corpus.path))
-        self._tokens, self._held_out = read_split(job.corpus.path, "train"), read_split(job.corpus.path, "held_out")
-        check_ids(self._tokens, self._width, str(job.corpus.path))
+        texts = read_texts(job)
+        self._tokens, self._held_out, self._width = texts.train, texts.held_out, texts.width
         self._rows = calibration_rows(self._tokens, job.adapter.calibration_tokens)
         degraded = load_model(job.degraded, job.dtype, placed=False)
         self._reference = load_model(job.reference, job.dtype, placed=False)
@@ -165,11 +160,8 @@ def produce(job: RepairJob, workspace: Workspace) -> dict[str, Any]:
         found = (before.kl, best.after.kl, 100 * best.after.top1)
         log.info("held-out KL %.4f -> %.4f, top-1 %.1f%%, without training", *found)
         check_better(before, best.after, out_of_reach=shop.out_of_reach)
-        lines = [
-            {**asdict(found), "step": 0, "tokens": tokens, "split": "held_out", "measured_tokens": found.tokens}
-            for found, tokens in ((before, 0), (best.after, shop.used_tokens))
-        ]
-        write_atomic(workspace.path / HELD_OUT, "".join(json.dumps(line) + "\n" for line in lines))
+        lines = line_of(before, 0, 0), line_of(best.after, 0, shop.used_tokens)
+        write_atomic(workspace.path / HELD_OUT, "".join(lines))
         weights = {name: tensor.cpu() for name, tensor in best.weights.items()}
         save_adapter(shop.adapted, workspace.path, weights, base=str(job.degraded.path))
     if shop.ranks > 1:

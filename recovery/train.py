@@ -16,7 +16,7 @@ import logging
 import math
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from recovery.artifacts import Workspace, read_manifest
 from recovery.batches import Step, collate, idle_share, plan_epoch
 from recovery.checkpoint import load_checkpoint, save_checkpoint
 from recovery.config import Train, TrainJob
-from recovery.corpus import TOKENIZER, Tokens, check_ids, read_split
+from recovery.corpus import Tokens, read_split
 from recovery.engine import Engine, Student, start_distributed
 from recovery.errors import Unavailable, UserError
 from recovery.feed import Prepared, prepared, teachers
@@ -41,9 +41,9 @@ from recovery.models import TORCH_DTYPES, causal_lm, check_training_path, device
 from recovery.progress import progress
 from recovery.stage import run_stage
 from recovery.teacher import TeacherSignal
+from recovery.texts import read_texts
 from recovery.tracking import Tracker
-from recovery.vocabulary import compare, load_vocabulary, used_width
-from recovery.watch import HELD_OUT, Watch, advice, held_out_lines
+from recovery.watch import HELD_OUT, Watch, advice, held_out_lines, line_of
 
 log = logging.getLogger("recover-lora")
 CHECKPOINTS = ".checkpoints"
@@ -106,12 +106,9 @@ class Taken:
 
 
 def set_up(job: TrainJob, folder: Path, rank: int, ranks: int, tracker: Tracker) -> Run:
-    vocabulary = load_vocabulary(job.reference.path, job.reference.revision)
-    width = used_width(vocabulary, load_vocabulary(job.degraded.path, job.degraded.revision))
-    compare(vocabulary, load_vocabulary(str(job.corpus.path / TOKENIZER), model=False), str(job.corpus.path))
-    tokens = read_split(job.corpus.path, "train")
-    check_ids(tokens, width, str(job.corpus.path))
-    texts = {"held_out": read_split(job.corpus.path, "held_out")}
+    corpus = read_texts(job)
+    tokens, width = corpus.train, corpus.width
+    texts = {"held_out": corpus.held_out}
     if job.contexts is not None:
         texts["contexts"] = read_split(job.contexts.path, "held_out")
     degraded = load_model(job.degraded, job.dtype)
@@ -239,14 +236,7 @@ def measure_held_out(run: Run, step: int, tokens: int) -> dict[str, Measurement]
     if run.leader:
         with (run.folder / HELD_OUT).open("a") as file:
             for name, result in results.items():
-                line = {
-                    **asdict(result),
-                    "step": step,
-                    "tokens": tokens,
-                    "split": name,
-                    "measured_tokens": result.tokens,
-                }
-                file.write(json.dumps(line) + "\n")
+                file.write(line_of(result, step, tokens, name))
                 values = {"kl": result.kl, "top1": result.top1, "perplexity": result.perplexity}
                 run.tracker.metrics({f"eval/{name}_{key}": value for key, value in values.items()}, step)
         shown = ", ".join(f"{name} KL {result.kl:.4f}, top-1 {result.top1:.1%}" for name, result in results.items())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from recovery.measure import Measurement
 from recovery.models import device
 
 HELD_OUT = "held_out.jsonl"
@@ -22,6 +23,12 @@ def advice(kls: list[float]) -> str | None:
     if len(kls) >= 4 and min(kls[-3:]) > 0.99 * min(kls[:-3]):
         return "held-out KL stagnates: more rank, another placement or more data would be needed"
     return None
+
+
+def line_of(found: Measurement, step: int, tokens: int, split: str = "held_out") -> str:
+    """A line of the file. tokens: learned from until then."""
+    content = {**asdict(found), "step": step, "tokens": tokens, "split": split, "measured_tokens": found.tokens}
+    return json.dumps(content) + "\n"
 
 
 def held_out_lines(folder: Path) -> list[dict[str, Any]]:
