@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from recovery.allocation import Spectrum, spectrum
+from recovery.allocation import Spectrum
 from recovery.batches import Batch
 from recovery.calibration import batches_of
 from recovery.corpus import Tokens
@@ -23,9 +23,8 @@ from recovery.curvature import sensitivities
 from recovery.layerwise import Stream, begin, layers_of, output_of
 from recovery.measure import Measurement, measure_streams
 from recovery.models import check_training_path, device, share_equal
-from recovery.placement import linear_modules
 from recovery.progress import progress
-from recovery.survey import differing
+from recovery.survey import differing, names_by_layer, spectrum_of
 
 DAMPING = 1e-4
 """Of both metrics: next to nothing, as the estimates are to be those of the damage itself."""
@@ -158,19 +157,17 @@ def weigh(reference: Any, degraded: Any, tokens: Tokens, width: int, seed: int, 
 def spectra_of(reference: Any, degraded: Any, batches: Sequence[Batch], width: int, seed: int) -> dict[str, Spectrum]:
     """Of every damaged linear module in the layers, in the model's order; not of experts."""
     names = differing(reference, degraded)
-    wanted = {id(module): name for name, module in linear_modules(reference).items() if name in names}
-    layers = layers_of(reference)
+    inside = names_by_layer(reference, names)
 
     def modules_of(number: int) -> dict[str, Any]:
-        return {wanted[id(module)]: module for module in layers[number].modules() if id(module) in wanted}
+        return {name: reference.get_submodule(name) for name in inside[number].values()}
 
     streams = [begin(reference, batch) for batch in batches]
     spectra: dict[str, Spectrum] = {}
-    bar = progress(len(layers), "layer", "cost")
+    bar = progress(len(inside), "layer", "cost")
     for _, found in sensitivities(reference, streams, modules_of, width, seed, device(), with_inputs=True):
         for name, one in found.items():
-            right, wrong = (model.get_submodule(name).weight.to(device()) for model in (reference, degraded))
-            spectra[name] = spectrum(right, wrong, one, DAMPING, DAMPING)
+            spectra[name] = spectrum_of(reference, degraded, name, one, DAMPING, DAMPING)
         bar.update(1)
     bar.close()
     return {name: spectra[name] for name in names if name in spectra}

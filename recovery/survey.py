@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from recovery.calibration import batches_of, calibration_rows
 from recovery.closed_form import OutputMetric
 from recovery.config import RepairJob
 from recovery.corpus import Tokens
-from recovery.curvature import sensitivities
+from recovery.curvature import Sensitivity, sensitivities
 from recovery.files import read_json, write_atomic, write_json
 from recovery.layerwise import begin, layers_of
 from recovery.models import device
@@ -50,6 +50,21 @@ def differing(reference: Any, degraded: Any) -> list[str]:
     return [name for name, weight in matrices(degraded).items() if damaged(weight, theirs[name])]
 
 
+def names_by_layer(model: Any, names: Collection[str]) -> list[dict[str, str]]:
+    """Of each decoder layer: full names of the linear modules among `names`, by their names in the layer."""
+    wanted = {id(module): name for name, module in linear_modules(model).items() if name in names}
+    return [
+        {inner: wanted[id(module)] for inner, module in layer.named_modules() if id(module) in wanted}
+        for layer in layers_of(model)
+    ]
+
+
+def spectrum_of(reference: Any, degraded: Any, name: str, one: Sensitivity, damping: float, outputs: float) -> Spectrum:
+    """Of one module by full name; dampings as recovery.allocation has them."""
+    right, wrong = (model.get_submodule(name).weight.to(device()) for model in (reference, degraded))
+    return spectrum(right, wrong, one, damping, outputs)
+
+
 def survey(
     reference: Any,
     degraded: Any,
@@ -77,30 +92,27 @@ def survey(
     if auto:
         names = [name for name in names if name in damaged]
     # Outputs of single experts are not seen: all of them count alike.
-    wanted = {id(module): name for name, module in linear_modules(degraded).items() if name in names}
-    theirs, own = layers_of(reference), layers_of(degraded)
+    inside = names_by_layer(reference, names)
 
     def modules_of(number: int) -> dict[str, nn.Module]:
-        inside = [name for name, module in own[number].named_modules() if id(module) in wanted]
-        return {name: theirs[number].get_submodule(name) for name in inside}
+        return {inner: reference.get_submodule(name) for inner, name in inside[number].items()}
 
     batches, any_own = batches_of(tokens, calibration_rows(tokens, job.adapter.curvature_tokens), rank, ranks)
     streams = [begin(reference, batch) for batch in batches] if any_own else []
     folder.mkdir(parents=True, exist_ok=True)
-    bar = progress(len(theirs), "layer", "curvature") if leader else None
+    bar = progress(len(inside), "layer", "curvature") if leader else None
     spectra: dict[str, Spectrum] = {}
     for number, found in (
         sensitivities(reference, streams, modules_of, width, job.seed, device(), ranks=ranks, with_inputs=auto)
-        if wanted
+        if any(inside)
         else ()
     ):
         if leader:
             curvatures = {name: one.curvature.float().cpu() for name, one in found.items() if float(one.tokens)}
             write_atomic(layer_file(folder, number), save(curvatures))
         for name, one in found.items() if auto and leader else ():
-            pair: list[Any] = [layers[number].get_submodule(name) for layers in (theirs, own)]
-            right, wrong = (module.weight.to(device()) for module in pair)
-            spectra[wanted[id(pair[1])]] = spectrum(right, wrong, one, job.adapter.damping, OUTPUT_DAMPING)
+            full = inside[number][name]
+            spectra[full] = spectrum_of(reference, degraded, full, one, job.adapter.damping, OUTPUT_DAMPING)
         if bar is not None:
             bar.update(1)
     if bar is not None:
