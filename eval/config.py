@@ -34,8 +34,8 @@ class Evaluate(Config):
     data_dir: str | None = None
     """Folder with the benchmark data; the model hub's datasets unless given."""
     batch_tokens: PositiveInt | None = None
-    """Most tokens, padding counted, of one scoring batch. Unless given, 256 on a CPU, where padding costs more than
-    small batches do, and 8192 elsewhere."""
+    """Most tokens of one scoring batch, into which questions are packed without padding; 1024 on a CPU and 8192
+    elsewhere unless given."""
     bootstrap: PositiveInt = 10000
     """Bootstrap draws behind the intervals of AR%."""
     contexts: NonNegativeInt = 32
@@ -85,7 +85,7 @@ class ContextsJob(Job):
 
 class EvaluateJob(Job):
     stage: ClassVar[str] = "evaluate"
-    schema_version: ClassVar[int] = 1
+    schema_version: ClassVar[int] = 2
     seed: int
     dtype: Dtype
     model: ModelInput

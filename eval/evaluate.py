@@ -25,7 +25,7 @@ from recovery.stage import run_stage
 
 log = logging.getLogger("recover-lora")
 
-CPU_BATCH_TOKENS = 256
+CPU_BATCH_TOKENS = 1024
 DEVICE_BATCH_TOKENS = 8192
 MEASURE_TOKENS = 2048
 """Tokens of one forward pass when the divergence is measured."""

@@ -2,7 +2,8 @@
 
 Registered with transformers under its own name, so any architecture that takes its attention from the
 AttentionInterface runs packed batches. Every sample's causal attention is computed by itself: the work is that of the
-samples, not of a (tokens x tokens) mask, and torch's fused kernel of the device does it.
+samples, not of a (tokens x tokens) mask, and torch's fused kernel of the device does it. A sample may be a tree: a
+context once, and behind it several continuations that do not see each other.
 
 B = 1, Q query heads, K key heads, T tokens of all samples, L of one, D head width.
 """
@@ -17,6 +18,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+
+class Tree:
+    """Who sees whom in a sample that branches: a token sees the trunk and its own branch, back from its own place."""
+
+    def __init__(self, branch_L: Tensor, place_L: Tensor) -> None:
+        """branch_L: int64, 0 on the trunk, from 1 on the branches. place_L: int64, tokens before it on its path."""
+        self._branch_L = branch_L
+        self._place_L = place_L
+        self._masks: dict[int | None, Tensor] = {}
+
+    def mask(self, sliding_window: int | None) -> Tensor:
+        """(L, L) bool, the same for all layers of a window."""
+        if sliding_window not in self._masks:
+            distance_LL = self._place_L[:, None] - self._place_L[None, :]
+            seen_LL = (self._branch_L[None, :] == 0) | (self._branch_L[None, :] == self._branch_L[:, None])
+            seen_LL &= distance_LL >= 0
+            self._masks[sliding_window] = (
+                seen_LL if sliding_window is None else seen_LL & (distance_LL < sliding_window)
+            )
+        return self._masks[sliding_window]
+
+
 NAME = "recover_lora_packed"
 
 
@@ -28,6 +51,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     bounds: tuple[int, ...],
+    trees: tuple[Tree | None, ...] | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -35,15 +59,19 @@ def packed_attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """(B, T, Q, D). bounds: where each sample begins, and the end: (0, ..., T)."""
+    """(B, T, Q, D). bounds: where each sample begins, and the end: (0, ..., T). trees: of the samples that branch."""
     assert attention_mask is None, "samples are kept apart by their bounds, not by a mask"
     assert dropout == 0, "attention dropout is not there"
     assert s_aux is None, "attention sinks are not there"
     grouped = query_BQTD.shape[1] != key_BKTD.shape[1]
     parts = []
-    for first, end in itertools.pairwise(bounds):
+    for number, (first, end) in enumerate(itertools.pairwise(bounds)):
+        tree = trees[number] if trees is not None else None
         query, key, value = (x[:, :, first:end] for x in (query_BQTD, key_BKTD, value_BKTD))
-        window = _window(end - first, sliding_window, query_BQTD.device)
+        if tree is not None:
+            window = tree.mask(sliding_window)
+        else:
+            window = _window(end - first, sliding_window, query_BQTD.device)
         if softcap is not None:
             parts.append(_capped(query, key, value, scaling, softcap, window))
         else:

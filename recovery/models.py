@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from recovery.attention import use_packed_attention
+from recovery.attention import Tree, use_packed_attention
 from recovery.batches import Batch, collate
 from recovery.config import Dtype, ModelInput
 from recovery.corpus import Tokens
@@ -142,14 +142,18 @@ def logit_form(model: Any) -> tuple[float, float | None]:
     return scale, getattr(config, "final_logit_softcapping", None)
 
 
-def final_hidden(model: Any, batch: Batch) -> Tensor:
+def final_hidden(model: Any, batch: Batch, trees: tuple[Tree | None, ...] | None = None) -> Tensor:
     """Hidden states (T, H) of packed samples after the last norm, which the head multiplies.
 
-    The model must have packed attention (recovery.attention).
+    The model must have packed attention (recovery.attention). trees: of the samples that branch.
     """
     decoder = causal_lm(model).get_decoder()
     output = decoder(
-        input_ids=batch.ids_T[None], position_ids=batch.positions_T[None], bounds=batch.bounds, use_cache=False
+        input_ids=batch.ids_T[None],
+        position_ids=batch.positions_T[None],
+        bounds=batch.bounds,
+        trees=trees,
+        use_cache=False,
     )
     return output.last_hidden_state[0]
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.scoring import ChoiceScorer, Context, batches
+from eval.scoring import ChoiceScorer, Question, batch_of, scored
 from tests.conftest import ARCHITECTURES
 
 WORDS = [
@@ -96,47 +96,58 @@ def test_a_peft_adapter_is_part_of_the_score(models: dict[str, Path]):
     assert max(abs(a[0] - b[0]) for a, b in zip(found, plain, strict=True)) > 0.01
 
 
-def test_a_context_is_computed_once(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+def test_a_context_is_computed_once_and_nothing_is_padded(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
     model, tokenizer = load(models["olmo"])
     fed: list[torch.Size] = []
-    forward = model.forward
+    decoder = model.get_decoder()
+    forward = decoder.forward
 
     def counted(*arguments: Any, **named: Any) -> Any:
         fed.append(named["input_ids"].shape)
         return forward(*arguments, **named)
 
-    monkeypatch.setattr(model, "forward", counted)
+    monkeypatch.setattr(decoder, "forward", counted)
     scorer: Any = ChoiceScorer(model, tokenizer, 4096)
-    scorer.loglikelihood([Request("context" * 9, choice) for choice in ("abc", "abcdef", "z")], disable_tqdm=True)
-    assert fed == [(1, 63), (2, 5)]
+    several = [Request("context" * 9, choice) for choice in ("abc", "abcdef", "z")]
+    scorer.loglikelihood([*several, Request("other", "ab")], disable_tqdm=True)
+    assert fed == [(1, (63 + 2 + 5) + (5 + 1))]
     fed.clear()
     scorer.loglikelihood([Request("context" * 9, letter) for letter in "ABCD"], disable_tqdm=True)
     assert fed == [(1, 63)]
 
 
-lengths = st.lists(
+shapes = st.lists(
     st.tuples(st.integers(1, 50), st.lists(st.integers(1, 9), min_size=1, max_size=4)), min_size=1, max_size=30
 )
 
 
-@given(lengths, st.integers(1, 400))
-def test_batches_hold_every_context_once_within_the_budget(shapes: list[tuple[int, list[int]]], budget: int):
-    contexts = [
-        Context(tuple([number] * length), [(0, [0] * size) for size in sizes])
-        for number, (length, sizes) in enumerate(shapes)
-    ]
-    made = list(batches(contexts, budget))
-    assert sorted(context.ids for batch in made for context in batch) == sorted(context.ids for context in contexts)
-    for batch in made:
-        assert len(batch[0].ids) == max(len(context.ids) for context in batch)
-        continued = [length for context in batch for length in context.continued]
-        fed = len(batch) * len(batch[0].ids) + len(continued) * max([0, *continued])
-        assert len(batch) == 1 or fed <= budget
-
-
-def test_a_batch_is_longest_first():
-    contexts = [Context(tuple([1] * length), [(0, [5])]) for length in (3, 9, 6)]
-    assert [[len(context.ids) for context in batch] for batch in batches(contexts, 10**6)] == [[9, 6, 3]]
+@given(shapes)
+def test_every_choice_token_is_predicted_by_the_state_before_it(drawn: list[tuple[int, list[int]]]):
+    questions, number = [], 0
+    for length, sizes in drawn:
+        choices = [
+            (number + place, [1000 * (number + place) + step for step in range(size)])
+            for place, size in enumerate(sizes)
+        ]
+        questions.append(Question(tuple(range(-length, 0)), choices))
+        number += len(sizes)
+    batch, found = batch_of(questions), scored(questions)
+    assert batch.bounds[-1] == len(batch.ids_T) == len(batch.positions_T) == sum(q.tokens for q in questions)
+    assert found.places_N.tolist() == sorted(set(found.places_N.tolist()))
+    before = batch.ids_T[batch.loss_N[found.states_M]]
+    place = batch.positions_T[batch.loss_N[found.states_M]]
+    sizes = {n: len(ids) for question in questions for n, ids in question.choices}
+    contexts = {n: len(question.ids) for question in questions for n, _ in question.choices}
+    seen: dict[int, int] = dict.fromkeys(sizes, 0)
+    for token, state, where, request in zip(
+        found.ids_M.tolist(), before.tolist(), place.tolist(), found.requests_M.tolist(), strict=True
+    ):
+        step = seen[request]
+        assert token == 1000 * request + step
+        assert state == (-1 if step == 0 else token - 1)
+        assert where == contexts[request] + step - 1
+        seen[request] += 1
+    assert seen == sizes
 
 
 def test_scores_are_the_same_bits_again(models: dict[str, Path]):
