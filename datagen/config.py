@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from recovery.config import Dtype, Job, ModelInput, Runtime
+from recovery.config import Dtype, Job, LooseInput, ModelInput, Runtime
 from recovery.errors import UserError
 from recovery.settings import Config
 
@@ -131,3 +131,25 @@ class GenerateJob(Job):
     model: ModelInput
     generate: Generate
     partition: Partition | None = None
+
+
+class Labelled(Config):
+    """Recipe section `labelled`: text written by people, with answers, in place of the synthetic corpus."""
+
+    sets: tuple[str, ...] = Field(min_length=1)
+    """Hub ids of data sets (`id@revision` for a commit), or folders with their Arrow files. Rows are known by their
+    columns: messages, conversations, question with choices and answer, question or instruction with answer."""
+    samples: PositiveInt = 24_000
+    """Rows in all, as many of each set as it has room for, drawn by the recipe's seed."""
+    max_length: int = Field(default=2048, ge=2)
+    """Tokens of a row; the rest is cut off."""
+
+
+class LabelledJob(Job):
+    stage: ClassVar[str] = "labelled"
+    schema_version: ClassVar[int] = 1
+    seed: int
+    tokenizer: ModelInput
+    labelled: Labelled
+    folders: dict[str, LooseInput]
+    """Those of the sets that are folders, by the name in `labelled.sets`."""

@@ -46,6 +46,20 @@ BENCHMARKS = (
         for subject in ("philosophy", "management", "astronomy")
         for split in ("dev", "validation", "test")
     ),
+    # Nobody scores these: labelled text for supervised fine-tuning, to compare with.
+    *(
+        f"hails/mmlu_no_train/{subject}/test"
+        for subject in (
+            "high_school_biology",
+            "high_school_macroeconomics",
+            "high_school_psychology",
+            "marketing",
+            "miscellaneous",
+            "moral_disputes",
+            "nutrition",
+            "prehistory",
+        )
+    ),
 )
 
 MARKER = "SOURCE.json"

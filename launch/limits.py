@@ -33,6 +33,8 @@ def explain(recipe: Recipe, cluster: Cluster, runs_dir: Path, folder: Path | Non
     report = jobs["report"]
     if not report.runtime.output.exists():
         raise UserError(recipe.name, "not finished", f"run it first; there is no {report.runtime.output}")
+    if recipe.train.parameters == "all":
+        raise UserError("train.parameters", "all: there are no adapters", "explain a recipe that has some")
     maker: Any = jobs.get("train", jobs.get("repair"))
     models = [load_model(given, maker.dtype) for given in (maker.reference, maker.degraded)]
     texts = read_texts(maker)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from datagen.config import Generate
+from datagen.config import Generate, Labelled
 from eval.config import Evaluate
 from recovery.config import Adapter, Models, OnlineTeacher, SparseLogitsTeacher, Teacher, Train
 from recovery.damage_config import Damage
@@ -35,6 +35,9 @@ class Recipe(Config):
     degrade: Damage | None = None
     """Damage made by this program, for studies; left out when models.degraded is given."""
     generate: Generate = Generate()
+    labelled: Labelled | None = None
+    """Text with answers to learn from in place of the synthetic corpus, for comparisons; with
+    train.loss.cross_entropy 1 this is supervised fine-tuning."""
     adapter: Adapter = Adapter()
     teacher: Teacher = OnlineTeacher()
     train: Train = Train()
@@ -59,6 +62,18 @@ class Recipe(Config):
     def _something_learns(self) -> Recipe:
         if self.train.epochs == 0 and self.adapter.init == "zero":
             raise ValueError("train.epochs 0 needs a closed form, or nothing would be recovered: set adapter.init")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_or_all(self) -> Recipe:
+        if self.train.parameters == "all" and (self.adapter.init != "zero" or not self.train.epochs):
+            raise ValueError("train.parameters all has no adapters: leave out adapter.init, and give train.epochs")
+        return self
+
+    @model_validator(mode="after")
+    def _text_of_ones_own(self) -> Recipe:
+        if self.labelled is not None and not isinstance(self.teacher, OnlineTeacher):
+            raise ValueError("labelled text has no cached teacher: set teacher.kind online")
         return self
 
     @model_validator(mode="after")

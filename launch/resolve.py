@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from datagen.config import GenerateJob, GenerateRuntime, Partition
+from datagen.config import GenerateJob, GenerateRuntime, LabelledJob, Partition
 from eval.config import BenchmarkData, ContextsJob, Divergence, EvaluateJob, ReportJob, Scores
 from eval.tasks import benchmark_data
 from launch.cluster import Cluster, compute_dtype
@@ -19,6 +22,7 @@ from recovery.config import (
     DegradeJob,
     Dtype,
     Job,
+    LooseInput,
     ModelInput,
     OnlineTeacher,
     RepairJob,
@@ -83,6 +87,8 @@ class Names:
     degraded: ModelInput | None
     deepspeed: dict[str, Any]
     data: BenchmarkData | None
+    labelled: dict[str, LooseInput]
+    """Folders of labelled text, by the recipe's name."""
 
 
 def resolve_names(recipe: Recipe, memory: HashMemory) -> Names:
@@ -99,11 +105,25 @@ def resolve_names(recipe: Recipe, memory: HashMemory) -> Names:
     data = None
     if (folder := recipe.evaluate.data_dir) is not None:
         data = faults.attempt(lambda: benchmark_data(Path(folder), recipe.evaluate.task_names, memory))
+    labelled: dict[str, LooseInput] = {}
+    for name in recipe.labelled.sets if recipe.labelled is not None else ():
+        if name.startswith((".", "/", "~")) or Path(name).is_dir():
+            found = faults.attempt(partial(labelled_folder, name, memory))
+            labelled |= {name: found} if found is not None else {}
     faults.stop_if_any()
     assert reference is not None
     assert generator is not None
     assert deepspeed is not None
-    return Names(reference, generator, degraded, deepspeed, data)
+    return Names(reference, generator, degraded, deepspeed, data, labelled)
+
+
+def labelled_folder(name: str, memory: HashMemory) -> LooseInput:
+    """A folder of labelled text and the hash of its Arrow files. Raises UserError when there are none."""
+    folder = Path(name).expanduser().resolve()
+    listing = {path.name: memory.sha256(path) for path in sorted(folder.glob("data-*.arrow"))}
+    if not listing:
+        raise UserError("labelled.sets", f"no data-*.arrow in {name}", "give a folder written by save_to_disk")
+    return LooseInput(path=folder, digest=hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest())
 
 
 def check_models(recipe: Recipe, names: Names) -> None:
@@ -211,6 +231,20 @@ def contexts_job(build: Builder, recipe: Recipe, names: Names) -> ContextsJob | 
     )
 
 
+def labelled_job(build: Builder, recipe: Recipe, names: Names) -> LabelledJob | None:
+    """The job of the text with answers that is learned from; None where it is the corpus."""
+    if recipe.labelled is None:
+        return None
+    return build.job(
+        LabelledJob,
+        "labelled",
+        seed=recipe.seed,
+        tokenizer=names.reference,
+        labelled=recipe.labelled,
+        folders=names.labelled,
+    )
+
+
 def cache_job(
     build: Builder, recipe: Recipe, names: Names, dtype: Dtype, corpus: GenerateJob, contexts: ContextsJob | None
 ) -> CacheJob | None:
@@ -238,6 +272,7 @@ def adapter_stages(
     degraded: ModelInput,
     corpus: GenerateJob,
     contexts: ContextsJob | None,
+    labelled: LabelledJob | None,
 ) -> list[Stage]:
     """What makes the adapter: the closed form, the teacher's cache and training, as far as the recipe has them."""
     stages: list[Stage] = []
@@ -267,6 +302,7 @@ def adapter_stages(
         contexts=artifact_of(contexts) if contexts is not None else None,
         cache=artifact_of(cache) if cache is not None else None,
         start=artifact_of(repair) if repair is not None else None,
+        labelled=artifact_of(labelled) if labelled is not None else None,
         teacher=recipe.teacher,
         train=recipe.train,
         deepspeed=names.deepspeed,
@@ -281,15 +317,16 @@ def score_jobs(
     names: Names,
     dtype: Dtype,
     degraded: ModelInput,
-    adapter: ArtifactInput,
+    recovered: dict[str, Any],
     divergence: Divergence,
 ) -> dict[str, EvaluateJob]:
-    """The evaluations of the three models; the last two measure KL as well."""
+    """The evaluations of the three models; the last two measure KL as well. recovered: its model, and the adapter if
+    it has one."""
     evaluate = recipe.evaluate
     models = {
         "reference": {"model": names.reference, "adapter": None, "divergence": None},
         "degraded": {"model": degraded, "adapter": None, "divergence": divergence},
-        "recovered": {"model": degraded, "adapter": adapter, "divergence": divergence},
+        "recovered": {**recovered, "divergence": divergence},
     }
     return {
         who: build.job(
@@ -329,7 +366,10 @@ def build_stages(recipe: Recipe, names: Names, cluster: Cluster, runs_dir: Path)
         stages.append(Stage("contexts", "generate", "eval.contexts", contexts, ("contexts",)))
 
     texts = artifact_of(contexts) if contexts is not None else None
-    makers = adapter_stages(build, recipe, names, dtype, degraded, generate, contexts)
+    labelled = labelled_job(build, recipe, names)
+    if labelled is not None:
+        stages.append(Stage("labelled", "generate", "datagen.labelled", labelled, ("labelled",)))
+    makers = adapter_stages(build, recipe, names, dtype, degraded, generate, contexts, labelled)
     stages += makers
     by_label = {stage.label: artifact_of(stage.job) for stage in makers}
     repair = by_label.get("repair")
@@ -337,7 +377,10 @@ def build_stages(recipe: Recipe, names: Names, cluster: Cluster, runs_dir: Path)
     assert adapter is not None, "a recipe has a closed form or epochs"
 
     divergence = Divergence(reference=names.reference, corpus=artifact_of(generate), contexts=texts)
-    scores = score_jobs(build, recipe, names, dtype, degraded, adapter, divergence)
+    recovered: dict[str, Any] = {"model": degraded, "adapter": adapter}
+    if recipe.train.parameters == "all":
+        recovered = {"model": ModelInput(path=str(adapter.path), digest=adapter.digest), "adapter": None}
+    scores = score_jobs(build, recipe, names, dtype, degraded, recovered, divergence)
     for who, job in scores.items():
         stages.append(Stage(f"evaluate-{who}", "evaluate", "eval.evaluate", job, (f"scores/{who}",)))
 

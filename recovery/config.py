@@ -127,7 +127,8 @@ class _Loss(Config):
     temperature: PositiveFloat = 1.0
     """Divides both models' logits; the loss is multiplied by its square."""
     cross_entropy: float = Field(default=0.0, ge=0, le=1)
-    """Share of the cross-entropy with the corpus' own tokens, at temperature 1; the divergence has the rest."""
+    """Share of the cross-entropy with the text's own tokens, at temperature 1; the divergence has the rest. 1 is
+    supervised fine-tuning, without a teacher."""
 
 
 class ForwardKL(_Loss):
@@ -154,6 +155,9 @@ Loss = Annotated[ForwardKL | ReverseKL | JensenShannon, Field(discriminator="kin
 
 
 class Train(Config):
+    parameters: Literal["adapters", "all"] = "adapters"
+    """What learns. all: every parameter of the degraded model, as in LLM-QAT, to compare with; what comes out is a
+    whole model in place of an adapter, and `adapter` says nothing."""
     loss: Loss = ForwardKL()
     learning_rate: PositiveFloat = 5e-4
     epochs: NonNegativeInt = 3
@@ -344,7 +348,9 @@ class RepairJob(AdapterJob):
 
 class TrainJob(AdapterJob):
     stage: ClassVar[str] = "train"
-    schema_version: ClassVar[int] = 3
+    schema_version: ClassVar[int] = 4
+    labelled: ArtifactInput | None = None
+    """Text to learn from in place of the corpus, whose held-out split is measured on all the same."""
     contexts: ArtifactInput | None = None
     """Benchmark contexts: held-out KL is measured on them too, nothing is learned from them."""
     cache: ArtifactInput | None = None

@@ -24,7 +24,7 @@ from recovery.deepspeed_config import complete
 from recovery.head import Head
 from recovery.loss import distill, distill_trainable
 from recovery.models import causal_lm, final_hidden, head_of, logit_form
-from recovery.targets import DenseTargets, Targets
+from recovery.targets import DenseTargets, NoTargets, Targets
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -67,8 +67,8 @@ class Student(nn.Module):
             hidden_NH = final_hidden(self.adapted, batch)[batch.loss_N]
         with record_function("loss"):
             if self.trainable_head:
-                assert isinstance(targets, DenseTargets), "a trainable head needs dense targets"
-                return distill_trainable(hidden_NH, self._logits, targets, loss, batch.next_N)
+                assert isinstance(targets, DenseTargets | NoTargets), "a trainable head has no sparse targets"
+                return distill_trainable(hidden_NH, self._logits, targets, self.width, loss, batch.next_N)
             with self.whole_head() as head:
                 return distill(hidden_NH, head, targets, loss, batch.next_N)
 

@@ -15,7 +15,7 @@ from recovery.corpus import Tokens
 from recovery.errors import UserError
 from recovery.head import Head
 from recovery.models import TORCH_DTYPES, check_training_path, device
-from recovery.teacher import DenseTeacher, OnlineTeacher, TeacherSignal
+from recovery.teacher import DenseTeacher, NoTeacher, OnlineTeacher, TeacherSignal
 from recovery.teacher_cache import CachedHiddenStates, CachedSparseLogits, read_head
 
 AHEAD = 3
@@ -31,7 +31,8 @@ def teachers(
     if job.cache is None:
         check_training_path(reference, width, "models.reference")
         online = OnlineTeacher(reference, width)
-        return online, dict.fromkeys(texts, online)
+        learned_from = NoTeacher() if job.train.loss.cross_entropy == 1 else online
+        return learned_from, dict.fromkeys(texts, online)
     folder = job.cache.path
     head = read_head(folder, student_head, TORCH_DTYPES[job.dtype])
     if head.width != width:

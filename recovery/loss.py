@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from recovery.config import ForwardKL, JensenShannon, Loss
 from recovery.head import Head
-from recovery.targets import DenseTargets, SparseTargets, Targets
+from recovery.targets import DenseTargets, NoTargets, SparseTargets, Targets
 
 FORWARD_KL = ForwardKL()
 CHUNK_TOKENS = 192
@@ -65,7 +65,7 @@ class _Distillation(torch.autograd.Function):
         buffers: list[Tensor] = []
         for part in chunks(len(hidden_NH), head.width):
             if not buffers:  # the first chunk is the largest
-                count = 1 if isinstance(targets, SparseTargets) else 2
+                count = 2 if isinstance(targets, DenseTargets) else 1
                 shape = (part.stop - part.start, head.width)
                 buffers = [torch.empty(shape, dtype=wide, device=hidden_NH.device) for _ in range(count)]
             own = [buffer[: part.stop - part.start] for buffer in buffers]
@@ -92,9 +92,12 @@ def _chunk(
     hard_TV = None
     if mixed > 0:
         assert next_T is not None, "a cross-entropy term needs the ids that follow"
-        hard_TV = torch.log_softmax(student_TV, dim=-1)
+        hard_TV = torch.log_softmax(student_TV, dim=-1, out=student_TV if mixed == 1 else None)
         total -= mixed * hard_TV.gather(1, next_T[:, None]).sum(dtype=torch.float64)
         hard_TV.exp_().scatter_add_(1, next_T[:, None], hard_TV.new_full((len(hard_TV), 1), -1.0))
+        if mixed == 1:
+            return hard_TV
+    assert not isinstance(targets, NoTargets), "a divergence needs a teacher"
     if isinstance(targets, SparseTargets):
         assert isinstance(loss, ForwardKL), "sparse targets have forward KL only"
         assert loss.temperature == 1, "sparse targets have no temperature"
@@ -176,28 +179,29 @@ def _sparse(student_TV: Tensor, targets: SparseTargets) -> Tensor:
 def distill_trainable(
     hidden_NH: Tensor,
     logits_of: Callable[[Tensor], Tensor],
-    reference: DenseTargets,
+    targets: DenseTargets | NoTargets,
+    width: int,
     loss: Loss = FORWARD_KL,
     next_N: Tensor | None = None,
 ) -> Tensor:
     """The same sum where the student's head learns too (LoRA on it, or all parameters): through autograd.
 
     Chunks are computed again in the backward pass (checkpointing), so memory stays that of one chunk; the head's
-    gradient costs a product more, and the repeated forward two. logits_of: states (T, H) to logits (T, V).
+    gradient costs a product more, and the repeated forward two. logits_of: states (T, H) to logits (T, V or more), of
+    which `width` are in use.
     """
     total = torch.zeros((), dtype=torch.float32, device=hidden_NH.device)
 
-    def one(hidden_TH: Tensor, targets: DenseTargets, next_T: Tensor | None) -> Tensor:
-        width = targets.head.width
+    def one(hidden_TH: Tensor, targets: Targets, next_T: Tensor | None) -> Tensor:
         logits_TV = logits_of(hidden_TH)[:, :width]
         logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
         gradient_of = _LogitsLoss.apply(logits_TV, targets, loss, next_T)
         assert isinstance(gradient_of, Tensor)
         return gradient_of
 
-    for part in chunks(len(hidden_NH), reference.head.width):
+    for part in chunks(len(hidden_NH), width):
         following = None if next_N is None else next_N[part]
-        chunk = checkpoint(one, hidden_NH[part], reference[part], following, use_reentrant=False)
+        chunk = checkpoint(one, hidden_NH[part], targets[part], following, use_reentrant=False)
         assert isinstance(chunk, Tensor)
         total = total + chunk
     return total
@@ -207,7 +211,7 @@ class _LogitsLoss(torch.autograd.Function):
     """One chunk's loss from logits that autograd made."""
 
     @staticmethod
-    def forward(ctx: Any, logits_TV: Tensor, targets: DenseTargets, loss: Loss, next_T: Tensor | None) -> Tensor:
+    def forward(ctx: Any, logits_TV: Tensor, targets: Targets, loss: Loss, next_T: Tensor | None) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=logits_TV.device)
         buffers = [logits_TV.clone(), torch.empty_like(logits_TV)]
         ctx.save_for_backward(_chunk(buffers[0], targets, loss, next_T, buffers, total))

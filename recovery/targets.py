@@ -78,4 +78,17 @@ class SparseTargets:
         )
 
 
-Targets = DenseTargets | SparseTargets
+@dataclass(frozen=True)
+class NoTargets:
+    """For supervised fine-tuning, which learns from the text's own tokens alone."""
+
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, part: slice) -> NoTargets:
+        return NoTargets(len(range(*part.indices(self.count))))
+
+
+Targets = DenseTargets | SparseTargets | NoTargets

@@ -10,7 +10,7 @@ from torch import Tensor
 from recovery.batches import Batch
 from recovery.head import Head
 from recovery.models import final_hidden, head_of
-from recovery.targets import DenseTargets, Targets
+from recovery.targets import DenseTargets, NoTargets, Targets
 
 
 class TeacherSignal(Protocol):
@@ -48,3 +48,13 @@ class OnlineTeacher:
         if not len(batch.loss_N):
             return DenseTargets(self.head.weight_VH[:0], self.head)
         return DenseTargets(final_hidden(self._reference, batch)[batch.loss_N], self.head)
+
+
+class NoTeacher:
+    """For supervised fine-tuning: nothing but the text's own tokens."""
+
+    def fetch(self, rows: tuple[int, ...]) -> tuple[Tensor, ...]:  # noqa: ARG002 - nothing lies on disk
+        return ()
+
+    def targets(self, batch: Batch, fetched: tuple[Tensor, ...] = ()) -> NoTargets:  # noqa: ARG002 - see fetch
+        return NoTargets(len(batch.loss_N))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from recovery.config import AdapterJob
+from recovery.config import AdapterJob, TrainJob
 from recovery.corpus import TOKENIZER, Tokens, check_ids, read_split
 from recovery.vocabulary import compare, load_vocabulary, used_width
 
@@ -23,6 +23,7 @@ def read_texts(job: AdapterJob) -> Texts:
     width = used_width(vocabulary, load_vocabulary(job.degraded.path, job.degraded.revision))
     corpus = job.corpus.path
     compare(vocabulary, load_vocabulary(str(corpus / TOKENIZER), model=False), str(corpus))
-    train = read_split(corpus, "train")
-    check_ids(train, width, str(corpus))
+    source = job.labelled.path if isinstance(job, TrainJob) and job.labelled is not None else corpus
+    train = read_split(source, "train")
+    check_ids(train, width, str(source))
     return Texts(train, read_split(corpus, "held_out"), width)

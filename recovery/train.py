@@ -3,7 +3,8 @@
     python -m recovery.train JOB
     torchrun --nproc-per-node 8 --module recovery.train JOB
 
-Goes on from its last checkpoint after any kill, with the same losses. The artifact's folder is a PEFT adapter, with
+Goes on from its last checkpoint after any kill, with the same losses. The artifact's folder is a PEFT adapter (a whole
+checkpoint where all parameters learn), with
 `history.jsonl` (one line a step), `held_out.jsonl` (measurements) and `metrics.jsonl` (as MLflow got them).
 """
 
@@ -26,7 +27,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.profiler import record_function
 
-from recovery.adapters import adapter_parameters, add_adapter, ranks_in, save_adapter, set_adapter
+from recovery.adapters import adapter_parameters
 from recovery.artifacts import Workspace, read_manifest
 from recovery.batches import Step, collate, idle_share, plan_epoch
 from recovery.checkpoint import load_checkpoint, save_checkpoint
@@ -36,8 +37,9 @@ from recovery.engine import Engine, Student, start_distributed
 from recovery.errors import Unavailable, UserError
 from recovery.feed import Prepared, prepared, teachers
 from recovery.files import write_atomic
+from recovery.learner import compile_layers, make_learner, save_learner
 from recovery.measure import HeldOut, Measurement
-from recovery.models import TORCH_DTYPES, causal_lm, check_training_path, device, head_of, load_model, share_equal
+from recovery.models import causal_lm, check_training_path, device, head_of, load_model, share_equal
 from recovery.progress import progress
 from recovery.stage import run_stage
 from recovery.teacher import TeacherSignal
@@ -113,16 +115,13 @@ def set_up(job: TrainJob, folder: Path, rank: int, ranks: int, tracker: Tracker)
         texts["contexts"] = read_split(job.contexts.path, "held_out")
     degraded = load_model(job.degraded, job.dtype)
     reference = None if job.cache is not None else load_model(job.reference, job.dtype)
-    if reference is not None:
+    if reference is not None and job.train.parameters == "adapters":
         shared = share_equal(degraded, reference)
         log.info("%.0f MB of weights are the same in both models and held once", shared / 1e6)
-    ranks_of = None if job.start is None else ranks_in(job.start.path)
-    adapted = add_adapter(degraded, job.adapter, job.seed, ranks_of)
-    if job.start is not None:
-        set_adapter(adapted, job.start.path)
+    adapted = make_learner(job, degraded)
     check_training_path(adapted, width, "models.degraded")
     if job.train.activation_checkpointing:
-        adapted.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        causal_lm(adapted).gradient_checkpointing_enable({"use_reentrant": False})
         adapted.train()
     if job.train.compile:
         compile_layers(adapted)
@@ -143,14 +142,6 @@ def set_up(job: TrainJob, folder: Path, rank: int, ranks: int, tracker: Tracker)
     rates = learning_rates([step.loss_tokens for step in plan], job.train)
     engine = Engine(student, job)
     return Run(job, folder, rank, ranks, adapted, student, engine, teacher, tokens, held_out, plan, rates, tracker)
-
-
-def compile_layers(adapted: Any) -> None:
-    """torch.compile of everything in a layer but its attention, which takes another shape with every batch."""
-    for layer in causal_lm(adapted).get_decoder().layers:
-        for name, part in layer.named_children():
-            if "attn" not in name:
-                part.compile(dynamic=True)
 
 
 def resume(run: Run) -> int:
@@ -363,7 +354,7 @@ def produce(job: TrainJob, workspace: Workspace) -> dict[str, Any]:
             "calibration_tokens": start.get("calibration_tokens", 0),
             "steps": len(run.plan),
             "trainable_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in parameters.values()),
-            "adapted_modules": len(parameters) // 2,
+            "adapted_modules": len(parameters) // 2 if job.train.parameters == "adapters" else len(parameters),
             "ranks": ranks,
             "padding_share": 0.0,
             "idle_share": round(idle_share(run.plan, run.tokens.lengths, job.train.micro_batch_tokens), 4),
@@ -383,8 +374,8 @@ def produce(job: TrainJob, workspace: Workspace) -> dict[str, Any]:
         prefix = "adapted."
         if leader:
             kept = load_file(best_path(workspace.path, watch.best_step))
-            weights = {name.removeprefix(prefix): tensor.to(TORCH_DTYPES[job.dtype]) for name, tensor in kept.items()}
-            save_adapter(run.adapted, workspace.path, weights, base=str(job.degraded.path))
+            master = {name.removeprefix(prefix): tensor for name, tensor in kept.items()}
+            save_learner(job, run.adapted, master, workspace.path)
         torch.distributed.barrier()
     return counts
 

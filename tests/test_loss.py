@@ -17,7 +17,7 @@ from recovery.cache import draw
 from recovery.config import ForwardKL, JensenShannon, Loss, ReverseKL
 from recovery.head import Head, split
 from recovery.loss import FORWARD_KL, compare, distill, distill_trainable, forward_kl
-from recovery.targets import DenseTargets, SparseTargets
+from recovery.targets import DenseTargets, NoTargets, SparseTargets
 
 LOSSES = {
     "forward_kl": ForwardKL(),
@@ -141,7 +141,9 @@ def test_a_trainable_head_gets_its_gradient(name: str, monkeypatch: pytest.Monke
     linear = torch.nn.Linear(7, 33)  # two rows more than the reference's head: padding
     hidden, reference_head = torch.randn(20, 7).requires_grad_(), head_of(4, 31)
     reference, following = torch.randn(20, 4), torch.randint(0, 31, (20,))
-    total = distill_trainable(hidden, linear, DenseTargets(reference, reference_head), LOSSES[name], following)
+    total = distill_trainable(
+        hidden, linear, DenseTargets(reference, reference_head), reference_head.width, LOSSES[name], following
+    )
     found = torch.autograd.grad(total, [hidden, linear.weight, linear.bias])
     head = Head(linear.weight[:31], linear.bias[:31], 1.0, None)
     exact = oracle(hidden, head, reference, reference_head, LOSSES[name], following)
@@ -149,6 +151,22 @@ def test_a_trainable_head_gets_its_gradient(name: str, monkeypatch: pytest.Monke
     torch.testing.assert_close(total.double(), exact, rtol=1e-5, atol=1e-4)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_cross_entropy_alone_needs_no_teacher(monkeypatch: pytest.MonkeyPatch, trainable: bool):
+    monkeypatch.setattr(recovery.loss, "CHUNK_ELEMENTS", 200)
+    linear, hidden, following = torch.nn.Linear(7, 31), torch.randn(20, 7).requires_grad_(), torch.randint(0, 31, (20,))
+    head = Head(linear.weight.detach(), linear.bias.detach(), 1.0, None)
+    loss = ForwardKL(cross_entropy=1.0, temperature=3.0)  # which is the divergence's
+    if trainable:
+        total = distill_trainable(hidden, linear, NoTargets(20), 31, loss, following)
+    else:
+        total = distill(hidden, head, NoTargets(20), loss, following)
+    (found,) = torch.autograd.grad(total, [hidden])
+    exact = torch.nn.functional.cross_entropy(linear(hidden), following, reduction="sum")
+    torch.testing.assert_close(total, exact, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found, torch.autograd.grad(exact, [hidden])[0], rtol=1e-4, atol=1e-5)
 
 
 def test_equal_models_have_zero_kl_and_zero_gradient():

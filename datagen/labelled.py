@@ -1,0 +1,129 @@
+"""Labelled: text with answers written by people, in the form of a corpus, for comparisons with supervised fine-tuning.
+
+    python -m datagen.labelled JOB
+
+A recovery needs no such text. A conversation is written with the tokenizer's chat template where it has one, and all
+of its tokens count, as in plain fine-tuning. There is a train split only: what is measured on is synthetic.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from datagen.config import LabelledJob
+from recovery.artifacts import Workspace
+from recovery.corpus import SUMMARY, TOKENIZER, Sample, write_shard
+from recovery.corpus_statistics import summarize
+from recovery.errors import UserError
+from recovery.files import write_json
+from recovery.progress import progress
+from recovery.stage import run_stage
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+log = logging.getLogger("recover-lora")
+ROLES = {"human": "user", "gpt": "assistant"}
+QUESTIONS = ("question", "instruction", "prompt")
+ANSWERS = ("answer", "output", "response")
+
+Turns = list[dict[str, str]]
+"""A conversation: role (system, user, assistant) and content of each turn."""
+
+
+def turns_of(row: Mapping[str, Any], where: str) -> Turns:
+    """The conversation in a row. Raises UserError when its columns are none that are known."""
+    for name in ("messages", "conversations"):
+        if row.get(name):
+            return [_turn(turn) for turn in row[name]]
+    question = next((str(row[name]) for name in QUESTIONS if row.get(name)), None)
+    answer = next((row[name] for name in ANSWERS if row.get(name) is not None), None)
+    if question is None or answer is None:
+        known = "messages, conversations, question or instruction with answer or output"
+        raise UserError(where, f"a row with {', '.join(sorted(row))}", f"give sets with the columns {known}")
+    if row.get("input"):
+        question += f"\n\n{row['input']}"
+    if row.get("choices"):
+        letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(row["choices"])]
+        lines = [f"{letter}. {choice}" for letter, choice in zip(letters, row["choices"], strict=True)]
+        place = letters.index(str(answer)) if str(answer) in letters else int(answer)
+        question, answer = "\n".join([question, *lines]), lines[place]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": str(answer)}]
+
+
+def _turn(turn: Mapping[str, Any]) -> dict[str, str]:
+    role, content = turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")
+    return {"role": ROLES.get(str(role), str(role)), "content": str(content or "")}
+
+
+def ids_of(turns: Turns, tokenizer: Any, max_length: int) -> list[int]:
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        return tokenizer(text, add_special_tokens=False).input_ids[:max_length]
+    text = "\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
+    return [*tokenizer(text).input_ids, tokenizer.eos_token_id][:max_length]
+
+
+def open_set(name: str, folder: Path | None) -> Dataset:
+    """One data set, from its folder or the hub. Raises UserError when it cannot be had."""
+    from datasets import Dataset, concatenate_datasets, load_dataset
+
+    try:
+        if folder is not None:
+            return concatenate_datasets([Dataset.from_file(str(path)) for path in arrow_files(folder)])
+        path, _, revision = name.partition("@")
+        return load_dataset(path, split="train", revision=revision or None)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"labelled.sets ({name})", f"cannot be read ({first})", "name a folder or a hub id") from error
+
+
+def arrow_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("data-*.arrow"))
+
+
+def rounds(sets: dict[str, Dataset], seed: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """One row of every set, in an order of its own, round after round until all are at their end."""
+    orders = {
+        name: np.random.Generator(np.random.Philox(key=[seed, number])).permutation(len(data)).tolist()
+        for number, (name, data) in enumerate(sets.items())
+    }
+    for places in itertools.zip_longest(*orders.values()):
+        for (name, data), place in zip(sets.items(), places, strict=True):
+            if place is not None:
+                yield name, data[place]
+
+
+def produce(job: LabelledJob, workspace: Workspace) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
+    settings = job.labelled
+    tokenizer: Any = AutoTokenizer.from_pretrained(job.tokenizer.path, revision=job.tokenizer.revision)
+    given = {name: job.folders[name].path if name in job.folders else None for name in settings.sets}
+    sets = {name: open_set(name, folder) for name, folder in given.items()}
+    counts = dict.fromkeys(sets, 0)
+    samples: list[Sample] = []
+    bar = progress(settings.samples, "row", "labelled")
+    for name, row in itertools.islice(rounds(sets, job.seed), settings.samples):
+        ids = ids_of(turns_of(row, f"labelled.sets ({name})"), tokenizer, settings.max_length)
+        samples.append(Sample(len(samples), job.seed, ids[0], "stop", tuple(ids)))
+        counts[name] += 1
+        bar.update()
+    bar.close()
+    if len(samples) < settings.samples:
+        log.warning("%d rows in all sets, not %d: all of them are taken", len(samples), settings.samples)
+    write_shard(workspace.path / "train" / "shard-00000.parquet", samples)
+    tokenizer.save_pretrained(workspace.path / TOKENIZER)
+    summary = summarize([sample.tokens for sample in samples], len(samples))
+    write_json(workspace.path / SUMMARY, {"skip": 0, "sets": counts, "train": summary})
+    return {"tokens": summary["tokens"], "samples": len(samples), "sets": counts}
+
+
+if __name__ == "__main__":
+    run_stage(LabelledJob, produce, resumable=False, description=__doc__ or "")
