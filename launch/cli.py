@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,14 +19,14 @@ from typing import Annotated
 
 import typer
 
-from datagen.config import GenerateJob, Partition
+from datagen.config import Partition
 from launch.cluster import Cluster, LocalServers, load_cluster
 from launch.corpus import corpus_app
-from launch.pipeline import dry_run, is_finished, link, missing_inputs, run_stage_process
+from launch.execution import Plan
+from launch.pipeline import dry_run, missing_inputs, run_stage_process
 from launch.recipe import Recipe, load_recipe
-from launch.resolve import Names, Stage, build_stages, check_models, generate_job, partition_stage, resolve_names
+from launch.resolve import Names, Stage, build_stages, check_models, generate_job, resolve_names
 from launch.servers import ServerPool
-from recovery.config import Job
 from recovery.errors import EXIT_DONE, EXIT_FAILED, UserError
 from recovery.files import HashMemory
 
@@ -72,50 +71,19 @@ def execute(
     cluster = load_cluster(cluster_name)
     recipe = load_recipe(recipe_file, overrides)
     memory = HashMemory(None if dry else runs_dir / ".hashes.json")
-
-    names = resolve_names(recipe, memory)
-    stages = build_stages(recipe, names, cluster, runs_dir)
-    if partition is not None:
-        stages = [partition_stage(recipe, names, cluster, runs_dir, partition)]
-    wanted = [stage for stage in stages if only in (None, stage.command)]
+    plan = Plan.of(recipe, cluster, runs_dir, memory, only, partition)
     if only == "cache" and dry:
-        print(teacher_costs(recipe, names, cluster, stages))
-    elif not wanted:
+        print(teacher_costs(recipe, plan.names, cluster, plan.stages))
+    elif not plan.wanted:
         raise UserError(str(recipe_file), f"it has no stage {only}", NO_STAGE[only or ""])
-    run_folder = runs_dir / recipe.name
     if dry:
-        check_models(recipe, names)
-        print(dry_run(wanted, run_folder, cluster))
+        check_models(recipe, plan.names)
+        print(dry_run(plan.wanted, plan.run_folder, cluster))
         return EXIT_DONE
-    todo = [stage for stage in wanted if not is_finished(stage, memory)]
-    coming = {stage.label for stage in todo}
-    absent = {label: None for stage in todo for label in missing_inputs(stage, stages) if label not in coming}
-    if only is not None and absent:
-        raise UserError(only, f"needs {', '.join(absent)}, not finished", "run these first, or `run`")
-    if todo:
-        check_models(recipe, names)
-        from launch.tracking import start_run
-        from recovery.stage import set_up_logging
-
-        set_up_logging("run", run_folder / "logs" / "run.log")
-        tracking = start_run(recipe, runs_dir)
-        stages = [stage.tracked_by(tracking) for stage in stages]
-    for stage in stages:
-        if only not in (None, stage.command):
-            continue
-        # Looked at again: a stage before it may just have been made anew, from which this one was not made.
-        if not is_finished(stage, memory):
-            with servers_for(stage.job, cluster, run_folder / "logs"):
-                code = run_stage_process(stage, run_folder, cluster)
-            if code != EXIT_DONE:
-                return code if code > 0 else EXIT_FAILED
-        else:
-            print(f"[{stage.label}] reused {stage.job.runtime.output}", file=sys.stderr)
-        link(stage, run_folder)
-    memory.save()
-    if only in (None, "report"):
+    code = plan.run(memory)
+    if code == EXIT_DONE and only in (None, "report"):
         print_result(recipe, runs_dir)
-    return EXIT_DONE
+    return code
 
 
 def teacher_costs(recipe: Recipe, names: Names, cluster: Cluster, stages: list[Stage]) -> str:
@@ -140,15 +108,6 @@ def print_result(recipe: Recipe, runs_dir: Path) -> None:
     else:
         uri = store_uri(runs_dir)
         print(f"MLflow   {uri}\n         open it: mlflow ui --backend-store-uri {uri}")
-
-
-def servers_for(job: Job, cluster: Cluster, logs: Path) -> AbstractContextManager[object]:
-    """The cluster's own servers for as long as a stage needs them; nothing for all other stages."""
-    if not isinstance(job, GenerateJob) or job.generate.engine != "vllm":
-        return nullcontext()
-    if not isinstance(cluster.servers, LocalServers):
-        return nullcontext()
-    return ServerPool(job, cluster, logs)
 
 
 Action = Callable[[Path, str, list[str], Path, bool], int]
@@ -302,6 +261,40 @@ def diagnose(
     from launch.diagnose import diagnose as compare
 
     print(compare(reference, degraded, output, text_tokens))
+
+
+@app.command(
+    help="Run a grid of recipes; what points share is made once, and one that fails does not stop the others.\n\n"
+    "Examples:\n\n"
+    "recover-lora study launch/studies/smollm2-135m-matrix.yaml --only damage=kv-noise-0_5\n\n"
+    "recover-lora study launch/studies/smollm2-135m-matrix.yaml --status"
+)
+def study(
+    file: Annotated[Path, typer.Argument(metavar="STUDY", help="Study file, e.g. one of launch/studies/.")],
+    cluster: ClusterName = "local",
+    runs_dir: RunsDir = Path("runs"),
+    only: Annotated[
+        list[str], typer.Option("--only", metavar="AXIS=LABEL,...", help="Leave out other labels; repeatable.")
+    ] = [],  # noqa: B006 - typer reads it
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", metavar="N", help="Begin no further point after N minutes.")
+    ] = None,
+    status: Annotated[bool, typer.Option("--status", help="Say how far every point is; start nothing.")] = False,
+    forecast: Annotated[
+        bool, typer.Option("--forecast", help="Also forecast, from the damage alone, what the closed forms recover.")
+    ] = False,
+    dry_run: DryRun = False,
+) -> None:
+    from launch.study import chosen, load_study, point_commands, run_study, states, status_table
+
+    given, points = load_study(file)
+    wanted, on = chosen(given, points, only), load_cluster(cluster)
+    if status:
+        print(status_table(states(given, wanted, on, runs_dir)))
+    elif dry_run:
+        print(point_commands(wanted, on, runs_dir))
+    else:
+        raise typer.Exit(run_study(given, points, wanted, on, runs_dir, minutes, forecast=forecast))
 
 
 for _name, _only, _help in (

@@ -16,6 +16,7 @@ from recovery.progress import progress
 from recovery.weights import Checkpoint
 
 if TYPE_CHECKING:
+    from recovery.allocation import Spectrum
     from recovery.costs import Costs
 
 CLOSINGS = {
@@ -52,7 +53,7 @@ def diagnose(reference: Path, degraded: Path, folder: Path | None, text_tokens: 
     if not text_tokens or advice.action != "adapters":
         return text
     try:
-        costs = weigh_on_text(reference, degraded, text_tokens)
+        costs, _ = weigh_on_text(reference, degraded, text_tokens)
     except (UserError, OSError, ValueError) as error:
         return f"{text}\n\nnot weighed on text: {error}"
     text = render(findings, count, advice, costs)
@@ -61,7 +62,10 @@ def diagnose(reference: Path, degraded: Path, folder: Path | None, text_tokens: 
     return text
 
 
-def weigh_on_text(reference: Path, degraded: Path, text_tokens: int) -> Costs:
+def weigh_on_text(
+    reference: Path, degraded: Path, text_tokens: int, checked: int = 3
+) -> tuple[Costs, dict[str, Spectrum]]:
+    """recovery.costs.weigh on text that the reference writes itself."""
     import torch
 
     from datagen.config import Generate
@@ -79,7 +83,7 @@ def weigh_on_text(reference: Path, degraded: Path, text_tokens: int) -> Costs:
     tokens = sample_tokens(right, vocabulary, settings, seed=0)
     wrong = load_model(ModelInput(path=str(degraded), digest=""), dtype, placed=False)
     width = used_width(load_vocabulary(str(reference)), load_vocabulary(str(degraded)))
-    return weigh(right.to("cpu"), wrong, tokens, width, seed=0)
+    return weigh(right.to("cpu"), wrong, tokens, width, seed=0, checked=checked)
 
 
 def write_down(

@@ -99,6 +99,11 @@ def load_config(kind: type[ConfigType], path: Path, overrides: Sequence[str] = (
     content = read_yaml(path)
     for override in overrides:
         apply_override(content, override)
+    return check_config(kind, content, path)
+
+
+def check_config(kind: type[ConfigType], content: dict[str, Any], path: Path) -> ConfigType:
+    """The content of a file, as its class. Raises UserErrors with every fault, one line each."""
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -131,18 +136,24 @@ class _UniqueKeys(yaml.SafeLoader):
 def apply_override(content: dict[str, Any], override: str) -> None:
     """Set one field of the mapping: `train.epochs=2`; the value is read as YAML."""
     dotted, sign, text = override.partition("=")
-    *sections, field = dotted.strip().split(".")
-    if not sign or not field or not all(sections):
+    if not sign or not all(dotted.strip().split(".")):
         raise UserError(f"--set {override}", "not of the form section.field=value", "write e.g. --set train.epochs=2")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}", "its value is not YAML", "quote it") from error
+    set_field(content, dotted.strip(), value, f"--set {override}")
+
+
+def set_field(content: dict[str, Any], dotted: str, value: Any, where: str) -> None:
+    """Set one field, or a whole section, of the mapping. where: what to name in an error."""
+    *sections, field = dotted.split(".")
     place: Any = content
     for section in sections:
         place = place.setdefault(section, {})
         if not isinstance(place, dict):
-            raise UserError(f"--set {override}", f"{section} is not a section", "name a field of a section")
-    try:
-        place[field] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override}", "its value is not YAML", "quote it") from error
+            raise UserError(where, f"{section} is not a section", "name a field of a section")
+    place[field] = value
 
 
 def _user_error(kind: type[BaseModel], path: Path, fault: Any) -> UserError:

@@ -107,7 +107,7 @@ def resolve_names(recipe: Recipe, memory: HashMemory) -> Names:
         data = faults.attempt(lambda: benchmark_data(Path(folder), recipe.evaluate.task_names, memory))
     labelled: dict[str, LooseInput] = {}
     for name in recipe.labelled.sets if recipe.labelled is not None else ():
-        if name.startswith((".", "/", "~")) or Path(name).is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).is_dir():
             found = faults.attempt(partial(labelled_folder, name, memory))
             labelled |= {name: found} if found is not None else {}
     faults.stop_if_any()

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 from launch.recipe import Recipe
 from recovery.config import Tracking
@@ -22,8 +23,8 @@ def store_uri(runs_dir: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs_dir.resolve() / 'mlflow.db'}"
 
 
-def start_run(recipe: Recipe, runs_dir: Path) -> Tracking | None:
-    """The run to log to, or None (with a warning) when the store does not answer."""
+def start_run(recipe: Recipe, runs_dir: Path, parent: str | None = None) -> Tracking | None:
+    """The run to log to, or None (with a warning) when the store does not answer. parent: the run of the study."""
     uri = store_uri(runs_dir)
     note = runs_dir / recipe.name / "tracking.json"
     store = hashlib.sha256(uri.encode()).hexdigest()[:16]
@@ -38,25 +39,53 @@ def start_run(recipe: Recipe, runs_dir: Path) -> Tracking | None:
             with contextlib.suppress(MlflowException):  # removed from the store: a new run is made
                 client.get_run(known["run_id"])
                 return Tracking(uri=written, experiment=recipe.tracking.experiment, run_id=known["run_id"])
-        experiment = client.get_experiment_by_name(recipe.tracking.experiment)
-        location = str(runs_dir.resolve() / "mlartifacts") if written else None
-        identifier = (
-            experiment.experiment_id
-            if experiment
-            else client.create_experiment(recipe.tracking.experiment, artifact_location=location)
-        )
-        run = client.create_run(identifier, run_name=recipe.name)
+        identifier = _experiment(client, recipe.tracking.experiment, runs_dir if written else None)
+        tags = {} if parent is None else {"mlflow.parentRunId": parent}
+        run = client.create_run(identifier, run_name=recipe.name, tags=tags)
         params = {f"{section}.{key}": value for section, key, value in _flat(recipe)}
         for key, value in params.items():
             client.log_param(run.info.run_id, key, value)
     except Exception as error:  # noqa: BLE001 - whatever a tracking server does, the run goes on
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        first = first.replace(uri, "its store")  # which may hold a password
-        log.warning("MLflow does not answer (%s); metrics stay in the artifacts' metrics.jsonl", first)
+        _say_silent(error, uri)
         return None
     note.parent.mkdir(parents=True, exist_ok=True)
     write_json(note, {"store": store, "recipe": content, "run_id": run.info.run_id})
     return Tracking(uri=written, experiment=recipe.tracking.experiment, run_id=run.info.run_id)
+
+
+def start_study(name: str, experiment: str, runs_dir: Path) -> str | None:
+    """The parent run of a study's points: made once, remembered in the study's folder; None without a store."""
+    uri, note = store_uri(runs_dir), runs_dir / name / "tracking.json"
+    store = hashlib.sha256(uri.encode()).hexdigest()[:16]
+    own = None if os.environ.get("MLFLOW_TRACKING_URI") else runs_dir
+    try:
+        client = mlflow_client(uri)
+        from mlflow.exceptions import MlflowException
+
+        known = read_json(note) if note.exists() else {}
+        if known.get("store") == store:
+            with contextlib.suppress(MlflowException):
+                return str(client.get_run(known["run_id"]).info.run_id)
+        run = client.create_run(_experiment(client, experiment, own), run_name=name, tags={"recover-lora.study": name})
+    except Exception as error:  # noqa: BLE001 - as for a recipe's run
+        _say_silent(error, uri)
+        return None
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write_json(note, {"store": store, "run_id": run.info.run_id})
+    return str(run.info.run_id)
+
+
+def _experiment(client: Any, name: str, runs_dir: Path | None) -> str:
+    """The experiment's identifier; made where there is none. runs_dir: of a store of our own, beside the runs."""
+    found = client.get_experiment_by_name(name)
+    location = str(runs_dir.resolve() / "mlartifacts") if runs_dir is not None else None
+    return found.experiment_id if found else client.create_experiment(name, artifact_location=location)
+
+
+def _say_silent(error: Exception, uri: str) -> None:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    first = first.replace(uri, "its store")  # which may hold a password
+    log.warning("MLflow does not answer (%s); metrics stay in the artifacts' metrics.jsonl", first)
 
 
 def _flat(recipe: Recipe) -> list[tuple[str, str, str]]:

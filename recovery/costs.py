@@ -86,15 +86,20 @@ def saturated(estimate: float, total: float, kl: float) -> float:
     return ceiling * -math.expm1(-estimate / ceiling)
 
 
+def predict(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int], kl: float, floor: float) -> float:
+    """The KL that a closed form of these ranks leaves, by module; modules that are not named keep their damage."""
+    total = sum(float(found.gains_K.sum()) for found in spectra.values())
+    left = sum(float(found.gains_K[ranks.get(name, 0) :].sum()) for name, found in spectra.items())
+    return floor + saturated(left, total, kl - floor)
+
+
 def forecast(spectra: Mapping[str, Spectrum], kl: float, floor: float) -> tuple[Forecast, ...]:
     """For powers of two up to half of the narrowest matrix' rank. floor: as in Costs."""
-    total = sum(float(found.gains_K.sum()) for found in spectra.values())
     narrowest = min(len(found.gains_K) for found in spectra.values())
     ranks = [1 << power for power in range(2, 12) if 1 << power <= narrowest // 2] or [1]
     forecasts = []
     for rank in ranks:
-        left = sum(float(found.gains_K[rank:].sum()) for found in spectra.values())
-        predicted = floor + saturated(left, total, kl - floor)
+        predicted = predict(spectra, dict.fromkeys(spectra, rank), kl, floor)
         parameters = sum(rank * found.parameters for found in spectra.values())
         forecasts.append(Forecast(rank, parameters, predicted, 1 - predicted / kl))
     return tuple(forecasts)
@@ -117,8 +122,11 @@ def drift_of(reference: Any, degraded: Any, pairs: Sequence[tuple[Stream, Stream
     return found
 
 
-def weigh(reference: Any, degraded: Any, tokens: Tokens, width: int, seed: int, checked: int = 3) -> Costs:
-    """Everything above for these two models, which lie on the CPU. checked: matrices that are put right for real."""
+def weigh(
+    reference: Any, degraded: Any, tokens: Tokens, width: int, seed: int, checked: int = 3
+) -> tuple[Costs, dict[str, Spectrum]]:
+    """Everything above for these two models, which lie on the CPU, and what the forecasts were made from. checked:
+    matrices that are put right for real."""
     share_equal(degraded, reference)
     for model, name in ((reference, "REFERENCE"), (degraded, "DEGRADED")):
         check_training_path(model, width, name)
@@ -144,14 +152,14 @@ def weigh(reference: Any, degraded: Any, tokens: Tokens, width: int, seed: int, 
     spectra = spectra_of(reference, degraded, batches, width, seed)
     nats = {name: float(found.gains_K.sum()) for name, found in spectra.items()}
     if not nats:
-        return Costs(before.tokens, before, tuple(drift), before.kl, {}, (), ())
+        return Costs(before.tokens, before, tuple(drift), before.kl, {}, (), ()), {}
     total, floor = sum(nats.values()), min(with_right(list(nats)), before.kl)
     restored = []
     for name in sorted(nats, key=nats.__getitem__, reverse=True)[:checked]:
         predicted = before.kl - floor - saturated(total - nats[name], total, before.kl - floor)
         restored.append(Restored(name, predicted, before.kl - with_right([name])))
     forecasts = forecast(spectra, before.kl, floor)
-    return Costs(before.tokens, before, tuple(drift), floor, nats, tuple(restored), forecasts)
+    return Costs(before.tokens, before, tuple(drift), floor, nats, tuple(restored), forecasts), spectra
 
 
 def spectra_of(reference: Any, degraded: Any, batches: Sequence[Batch], width: int, seed: int) -> dict[str, Spectrum]:

@@ -170,6 +170,7 @@ def run_stage(
         if isinstance(error, SystemExit):
             raise
         code = exit_code_of(error)
+        log.debug("error: %s", (str(error).splitlines() or [type(error).__name__])[0])  # which the log file keeps
     sys.stdout.flush()
     sys.stderr.flush()
     # Libraries leave threads behind (trackers, data loaders) that must not hold up a finished stage.

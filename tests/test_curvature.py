@@ -109,7 +109,7 @@ def test_costs_of_a_checkpoint_and_forecasts_that_come_true(prepared: Prepared, 
     degraded = next((prepared[2] / "artifacts").glob("degrade-*"))
     models = model_at(prepared[0]), model_at(degraded)
     tokens = text_of(prepared)
-    costs = weigh(*models, tokens, width_of(prepared[0]), seed=0)
+    costs, _ = weigh(*models, tokens, width_of(prepared[0]), seed=0)
     expected = measure(model_at(degraded), model_at(prepared[0]), tokens, width_of(prepared[0]), 512, "")
     assert costs.degraded.kl == pytest.approx(expected.kl, rel=1e-4)
     assert len(costs.drift) == 2
@@ -197,7 +197,7 @@ def test_forecasts_do_not_promise_what_adapters_cannot_reach(prepared: Prepared)
         for name in ("k_proj", "v_proj"):
             weight = degraded.model.layers[0].self_attn.get_submodule(name).weight
             weight += 0.05 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-    costs = weigh(reference, degraded, text_of(prepared), width_of(prepared[0]), seed=0)
+    costs, _ = weigh(reference, degraded, text_of(prepared), width_of(prepared[0]), seed=0)
     assert costs.floor > 0.8 * costs.degraded.kl
     assert all(one.kl >= costs.floor for one in costs.forecasts)
     assert max(one.recovery for one in costs.forecasts) < 0.2

@@ -1,0 +1,247 @@
+"""Studies: a grid of recipes, run point by point; what points share is made once.
+
+    recover-lora study launch/studies/smollm2-135m-matrix.yaml
+
+A point is a recipe like any other, in a run's folder of its own, `<runs-dir>/<study>.<value>.<value>`. A point that
+fails is told of at the end, and the rest goes on. The same command goes on after any kill.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import re
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from launch.cluster import Cluster
+from launch.execution import Plan
+from launch.pipeline import command_of, job_file_of
+from launch.recipe import Recipe, check_config, load_config, read_yaml, set_field
+from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, UserError, UserErrors
+from recovery.files import HashMemory, read_json, write_json
+from recovery.settings import Config
+
+log = logging.getLogger("recover-lora")
+LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+FAILURES = "failures.json"
+
+
+class Study(Config):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    """Names the study's folder, and the points' folders together with their labels."""
+    recipe: str
+    """The recipe that every point changes; a path from the study's own folder."""
+    axes: dict[str, dict[str, dict[str, Any]] | list[Any]] = Field(min_length=1)
+    """What varies, outermost first. A list holds values of the recipe's field of that name (train.learning_rate:
+    [1e-3, 1e-4]); otherwise each label has its changes: {few: {generate.samples: 80}, many: {...}}."""
+
+    @field_validator("axes")
+    @classmethod
+    def _labels(cls, axes: dict[str, Any]) -> dict[str, Any]:
+        for axis, values in axes.items():
+            if not values:
+                raise ValueError(f"{axis} has no values")
+            for label in _choices(axis, values):
+                if not LABEL.fullmatch(label):
+                    raise ValueError(f"{axis}: {label!r} names a folder: letters, digits, - and _")
+        return axes
+
+
+@dataclass(frozen=True)
+class Point:
+    labels: dict[str, str]
+    """By axis."""
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        return ".".join(self.labels.values())
+
+
+def _choices(axis: str, values: Mapping[str, Mapping[str, Any]] | Sequence[Any]) -> dict[str, Mapping[str, Any]]:
+    """The changes of every label of an axis."""
+    if isinstance(values, Mapping):
+        return dict(values)
+    return {_label(value): {axis: value} for value in values}
+
+
+def _label(value: object) -> str:
+    return str(value).replace(".", "_").replace("+", "")
+
+
+def load_study(path: Path) -> tuple[Study, list[Point]]:
+    """The study and its points in order. Raises UserErrors with every fault of every point."""
+    study = load_config(Study, path)
+    base = (path.parent / study.recipe).resolve()
+    content = read_yaml(base)
+    axes = {axis: _choices(axis, values) for axis, values in study.axes.items()}
+    points: list[Point] = []
+    errors: list[UserError] = []
+    for labels in itertools.product(*axes.values()):
+        own = copy.deepcopy(content)
+        at = dict(zip(axes, labels, strict=True))
+        try:
+            for axis, label in at.items():
+                for dotted, value in axes[axis][label].items():
+                    set_field(own, dotted, copy.deepcopy(value), f"{path}: axes.{axis}.{label}")
+            own["name"] = ".".join([study.name, *labels])
+            points.append(Point(at, check_config(Recipe, own, base)))
+        except UserErrors as error:
+            errors += [UserError(f"{'.'.join(labels)}: {one.where}", one.found, one.remedy) for one in error.errors]
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        raise UserErrors(errors)
+    return study, points
+
+
+def chosen(study: Study, points: Sequence[Point], only: Sequence[str]) -> list[Point]:
+    """The points with these labels. only: `axis=label,label`. Raises UserError where there are none."""
+    for choice in only:
+        axis, _, text = choice.partition("=")
+        wanted = set(text.split(","))
+        if axis not in study.axes or not wanted <= {point.labels[axis] for point in points}:
+            known = "; ".join(f"{name}={','.join(_choices(name, values))}" for name, values in study.axes.items())
+            raise UserError(f"--only {choice}", "no such axis or label", f"there are {known}")
+        points = [point for point in points if point.labels[axis] in wanted]
+    if not points:
+        raise UserError("--only", "no point is left", "name each axis once")
+    return list(points)
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a point is."""
+
+    done: int
+    stages: int
+    failure: str | None
+
+    @property
+    def finished(self) -> bool:
+        return self.done == self.stages
+
+    def __str__(self) -> str:
+        if self.finished:
+            return "done"
+        if self.failure is not None:
+            return f"failed: {self.failure}"
+        return f"{self.done} of {self.stages} stages"
+
+
+def states(study: Study, points: Sequence[Point], cluster: Cluster, runs_dir: Path) -> dict[str, State]:
+    """Of every point, by name; finished artifacts are counted, not verified."""
+    memory = HashMemory(runs_dir / ".hashes.json")
+    failures = _failures(runs_dir / study.name)
+    found = {}
+    for point in points:
+        plan = Plan.of(point.recipe, cluster, runs_dir, memory)
+        done = sum(stage.job.runtime.output.exists() for stage in plan.stages)
+        found[point.name] = State(done, len(plan.stages), failures.get(point.name))
+    return found
+
+
+def _failures(folder: Path) -> dict[str, str]:
+    path = folder / FAILURES
+    return read_json(path) if path.exists() else {}
+
+
+def status_table(found: Mapping[str, State]) -> str:
+    width = max(map(len, found))
+    finished = sum(state.finished for state in found.values())
+    lines = [f"{name.ljust(width)}  {state}" for name, state in found.items()]
+    return "\n".join([*lines, f"{finished} of {len(found)} points are done"])
+
+
+def run_study(
+    study: Study,
+    points: Sequence[Point],
+    wanted: Sequence[Point],
+    cluster: Cluster,
+    runs_dir: Path,
+    minutes: float | None = None,
+    *,
+    forecast: bool = False,
+) -> int:
+    """Run those of the points that are wanted and not finished; returns the exit code. The report is of all points.
+
+    minutes: begin no further point after so many. forecast: also forecast what the closed forms recover.
+    """
+    from launch.study_report import make_forecasts, write_report
+    from launch.tracking import start_study
+    from recovery.stage import set_up_logging
+
+    folder = runs_dir / study.name
+    set_up_logging("study", folder / "study.log")
+    memory = HashMemory(runs_dir / ".hashes.json")
+    plans = {point.name: Plan.of(point.recipe, cluster, runs_dir, memory) for point in points}
+    parent = start_study(study.name, points[0].recipe.tracking.experiment, runs_dir)
+    failures, begun = _failures(folder), time.monotonic()
+    for number, point in enumerate(wanted, 1):
+        if minutes is not None and time.monotonic() - begun > 60 * minutes:
+            log.info("%.0f minutes are over: the same command goes on", minutes)
+            break
+        log.info("point %d of %d: %s", number, len(wanted), point.name)
+        plan = plans[point.name]
+        code = _run_point(plan, memory, parent)
+        set_up_logging("study", folder / "study.log")  # which the point had for itself
+        if code == EXIT_INTERRUPTED:
+            return code
+        failures.pop(point.name, None)
+        if code != EXIT_DONE:
+            failures[point.name] = _why(plan)
+        write_json(folder / FAILURES, failures)
+        write_report(study, points, plans, failures, folder)
+    if forecast:
+        make_forecasts([plans[point.name] for point in wanted], folder)
+    write_report(study, points, plans, failures, folder)
+    print(status_table(states(study, wanted, cluster, runs_dir)))
+    print(f"\nresults  {folder / 'results.md'}")
+    return EXIT_FAILED if set(failures) & {point.name for point in wanted} else EXIT_DONE
+
+
+def point_commands(points: Sequence[Point], cluster: Cluster, runs_dir: Path) -> str:
+    """The stages of every point: which are finished, and which command makes the others."""
+    memory = HashMemory(None)
+    parts = []
+    for point in points:
+        plan = Plan.of(point.recipe, cluster, runs_dir, memory)
+        parts.append(f"# {point.name}")
+        for stage in plan.stages:
+            state = "finished" if stage.job.runtime.output.exists() else "to do"
+            command = shlex.join(command_of(stage, job_file_of(stage, plan.run_folder), cluster))
+            parts.append(f"{stage.label:<20} {state:<9} {stage.job.artifact_name}  $ {command}")
+    return "\n".join(parts)
+
+
+def _run_point(plan: Plan, memory: HashMemory, parent: str | None) -> int:
+    try:
+        return plan.run(memory, parent)
+    except UserError as error:  # of this point alone: a damaged artifact, a module that is not there
+        _note(plan).parent.mkdir(parents=True, exist_ok=True)
+        _note(plan).write_text(f"error: {error}\n")
+        log.error("%s", error)
+        return EXIT_FAILED
+
+
+def _note(plan: Plan) -> Path:
+    return plan.run_folder / "logs" / "point.log"
+
+
+def _why(plan: Plan) -> str:
+    """The last error in the logs of the stage that failed."""
+    logs = [_note(plan), *(stage.job.runtime.log for stage in plan.stages if stage.job.runtime.log is not None)]
+    there = sorted((path for path in logs if path.exists()), key=lambda path: path.stat().st_mtime)
+    for path in reversed(there):
+        lines = [line for line in path.read_text().splitlines() if "error: " in line]
+        if lines:
+            return f"{path.stem}: {lines[-1].partition('error: ')[2]}"
+    return "see its logs"

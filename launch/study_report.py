@@ -1,0 +1,107 @@
+"""What a study has come to so far: `results.md`, `results.json`, `results.png`, and forecasts to compare with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.matrix import markdown, plot_recoveries, result_of
+from launch.execution import Plan
+from launch.study import Point, Study
+from recovery.files import read_json, write_atomic, write_json
+
+log = logging.getLogger("recover-lora")
+FORECASTS = "forecasts.json"
+FORECAST_TOKENS = 4096
+CLOSE = 0.15
+"""Of a forecast: the largest difference of predicted and realised KL recovery that is called right."""
+
+
+def write_report(
+    study: Study, points: Sequence[Point], plans: Mapping[str, Plan], failures: Mapping[str, str], folder: Path
+) -> None:
+    """plans: by the points' names."""
+    forecasts = known_forecasts(folder)
+    rows: list[dict[str, Any]] = []
+    for point in points:
+        plan = plans[point.name]
+        summary = plan.stages[-1].job.runtime.output / "summary.json"
+        done = summary.exists()
+        rows.append(
+            {
+                "labels": point.labels,
+                "result": result_of(read_json(summary)) if done else None,
+                "note": "" if done else failures.get(point.name, "not run yet"),
+                "predicted": forecasts.get(forecast_key(plan)) if is_forecast(plan) else None,
+            }
+        )
+    axes = list(study.axes)
+    write_json(folder / "results.json", {"study": study.name, "points": rows})
+    plot_recoveries(rows, axes, folder / "results.png")
+    closing = agreement(rows)
+    write_atomic(folder / "results.md", "\n".join([f"# {study.name}", "", markdown(rows, axes), *closing]))
+
+
+def agreement(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How often the forecasts came true."""
+    both = [
+        (row["predicted"], row["result"]["kl"]["recovery"])
+        for row in rows
+        if row["predicted"] is not None and row["result"] is not None
+    ]
+    if not both:
+        return []
+    right = sum(abs(predicted - realised) <= CLOSE for predicted, realised in both)
+    return [f"Predicted recovery within {CLOSE} of the realised one: {right} of {len(both)} points.", ""]
+
+
+def is_forecast(plan: Plan) -> bool:
+    """Whether diagnosis makes a forecast for such a recipe: closed forms of a rank on chosen modules."""
+    adapter = plan.recipe.adapter
+    return adapter.init == "closed_form_sequential" and adapter.placement != "auto"
+
+
+def forecast_key(plan: Plan) -> str:
+    adapter = plan.recipe.adapter
+    place = adapter.placement if isinstance(adapter.placement, str) else ",".join(adapter.placement)
+    return f"{degraded_of(plan)} {place} {adapter.rank}"
+
+
+def degraded_of(plan: Plan) -> str:
+    """The folder of the degraded model."""
+    if plan.stages[0].label == "degrade":
+        return str(plan.stages[0].job.runtime.output)
+    assert plan.names.degraded is not None
+    return plan.names.degraded.path
+
+
+def known_forecasts(folder: Path) -> dict[str, float]:
+    path = folder / FORECASTS
+    return read_json(path) if path.exists() else {}
+
+
+def make_forecasts(plans: Sequence[Plan], folder: Path) -> None:
+    """Forecast the KL recovery of the points whose damage is there, as `diagnose` does, once for each damage."""
+    from launch.diagnose import weigh_on_text
+    from recovery.config import ModelInput
+    from recovery.costs import predict
+    from recovery.models import load_model
+    from recovery.placement import check_adapter
+
+    known = known_forecasts(folder)
+    wanted: dict[str, list[Plan]] = {}
+    for plan in plans:
+        if is_forecast(plan) and forecast_key(plan) not in known and Path(degraded_of(plan)).is_dir():
+            wanted.setdefault(degraded_of(plan), []).append(plan)
+    for degraded, group in wanted.items():
+        log.info("forecast for %s", degraded)
+        costs, spectra = weigh_on_text(Path(group[0].names.reference.path), Path(degraded), FORECAST_TOKENS, checked=0)
+        model = load_model(ModelInput(path=degraded, digest=""), None, placed=False)
+        for plan in group:
+            ranks = dict.fromkeys(check_adapter(model, plan.recipe.adapter), plan.recipe.adapter.rank)
+            left = predict(spectra, ranks, costs.degraded.kl, costs.floor)
+            known[forecast_key(plan)] = 1 - left / costs.degraded.kl
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / FORECASTS, known)
