@@ -26,6 +26,7 @@ from recovery.corpus import SUMMARY, TOKENIZER, Sample, Split, Tokens, shards_of
 from recovery.corpus_statistics import describe_split
 from recovery.files import write_json
 from recovery.progress import progress
+from recovery.sources import pretrained
 from recovery.stage import run_stage
 from recovery.tracking import Tracker
 
@@ -40,10 +41,11 @@ def load_sampling_vocabulary(model: ModelInput, bos_mode: BosMode) -> Vocabulary
     """What sampling needs to know of the generating model, from its small files alone."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(model.path, revision=model.revision)
-    config = AutoConfig.from_pretrained(model.path, revision=model.revision)
+    place, arguments = pretrained(model.path, model.revision)
+    tokenizer: Any = AutoTokenizer.from_pretrained(place, **arguments)
+    config = AutoConfig.from_pretrained(place, **arguments)
     try:
-        generation = GenerationConfig.from_pretrained(model.path, revision=model.revision or "main")
+        generation = GenerationConfig.from_pretrained(place, revision=model.revision or "main")
     except OSError:  # it has none
         generation = GenerationConfig.from_model_config(config)
     width = min(max(tokenizer.get_vocab().values()) + 1, config.get_text_config().vocab_size)

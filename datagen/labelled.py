@@ -23,6 +23,7 @@ from recovery.corpus_statistics import summarize
 from recovery.errors import UserError
 from recovery.files import write_json
 from recovery.progress import progress
+from recovery.sources import pretrained
 from recovery.stage import run_stage
 
 if TYPE_CHECKING:
@@ -104,7 +105,8 @@ def produce(job: LabelledJob, workspace: Workspace) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     settings = job.labelled
-    tokenizer: Any = AutoTokenizer.from_pretrained(job.tokenizer.path, revision=job.tokenizer.revision)
+    place, arguments = pretrained(job.tokenizer.path, job.tokenizer.revision)
+    tokenizer: Any = AutoTokenizer.from_pretrained(place, **arguments)
     given = {name: job.folders[name].path if name in job.folders else None for name in settings.sets}
     sets = {name: open_set(name, folder) for name, folder in given.items()}
     counts = dict.fromkeys(sets, 0)

@@ -17,6 +17,7 @@ from recovery.artifacts import Workspace
 from recovery.corpus import SUMMARY, Sample, write_shard
 from recovery.corpus_statistics import summarize
 from recovery.files import write_json
+from recovery.sources import pretrained
 from recovery.stage import run_stage
 
 
@@ -40,7 +41,8 @@ def context_text(items: Items, position: int) -> str:
 def produce(job: ContextsJob, workspace: Workspace) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(job.tokenizer.path, revision=job.tokenizer.revision)
+    place, arguments = pretrained(job.tokenizer.path, job.tokenizer.revision)
+    tokenizer: Any = AutoTokenizer.from_pretrained(place, **arguments)
     data_dir = job.data.path if job.data is not None else None
     rows: list[list[int]] = []
     counts: dict[str, int] = {}

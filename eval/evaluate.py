@@ -21,6 +21,7 @@ from eval.tasks import Items, load_items
 from recovery.artifacts import Workspace
 from recovery.corpus import check_ids, read_split
 from recovery.files import read_json, write_json
+from recovery.sources import is_gguf, pretrained
 from recovery.stage import run_stage
 
 log = logging.getLogger("recover-lora")
@@ -116,7 +117,10 @@ def produce(job: EvaluateJob, workspace: Workspace) -> dict[str, Any]:
     model = load_model(job.model, job.dtype)
     if job.adapter is not None:
         model = load_adapter(model, job.adapter.path)
-    tokenizer: Any = AutoTokenizer.from_pretrained(job.model.path, revision=job.model.revision)
+    # A GGUF file has the reference's tokens, which was checked, but transformers may read its tokenizer otherwise.
+    given = job.divergence.reference if job.divergence is not None and is_gguf(job.model.path) else job.model
+    place, arguments = pretrained(given.path, given.revision)
+    tokenizer: Any = AutoTokenizer.from_pretrained(place, **arguments)
     batch_tokens = job.batch_tokens or (CPU_BATCH_TOKENS if device().type == "cpu" else DEVICE_BATCH_TOKENS)
     folder = workspace.path / "items"
     folder.mkdir(exist_ok=True)

@@ -8,6 +8,7 @@ from typing import Any
 from eval.config import ReportJob
 from eval.evidence import Evidence
 from eval.table import HEADER, benchmark_rows, divergence_rows, percent
+from recovery.sources import is_gguf
 
 SHOWN_VERSIONS = ("python", "torch", "transformers", "peft", "deepspeed", "datasets", "lm_eval")
 
@@ -110,15 +111,19 @@ def _value(value: Any) -> str:
 
 
 def _use(job: ReportJob, evidence: Evidence) -> str:
-    base = evidence.adapter["inputs"]["degraded"]["path"]
+    base, more = evidence.adapter["inputs"]["degraded"]["path"], ""
+    if is_gguf(base):
+        folder, file = base.rpartition("/")[::2]
+        base, more = folder, f', gguf_file="{file}", quantization_config=GgufConfig(dequantize=True)'
+    needed = "AutoModelForCausalLM, GgufConfig" if more else "AutoModelForCausalLM"
     return f"""\
 ## Use the adapter
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {needed}
 
-degraded = AutoModelForCausalLM.from_pretrained("{base}")
+degraded = AutoModelForCausalLM.from_pretrained("{base}"{more})
 recovered = PeftModel.from_pretrained(degraded, "{job.adapter.path}")
 ```"""
 

@@ -13,6 +13,7 @@ from recovery.diagnosis import Finding, examine
 from recovery.errors import UserError
 from recovery.files import write_atomic, write_json
 from recovery.progress import progress
+from recovery.sources import is_gguf
 from recovery.weights import Checkpoint
 
 if TYPE_CHECKING:
@@ -35,9 +36,10 @@ def diagnose(reference: Path, degraded: Path, folder: Path | None, text_tokens: 
     folder: write findings and pictures there. text_tokens: of the text, made by the reference; 0: weights alone.
     """
     for path in (reference, degraded):
-        if not path.is_dir():
-            raise UserError(str(path), "no such folder", "give folders with safetensors; download a hub model first")
-    count = len(Checkpoint(reference).files)
+        if not path.is_dir() and not (is_gguf(str(path)) and path.is_file()):
+            remedy = "give folders with safetensors, or GGUF files; download a hub model first"
+            raise UserError(str(path), "no such folder", remedy)
+    count = len(Checkpoint(reference).names)
     bar = progress(count, "tensor", "diagnose")
     findings: list[Finding] = []
     for _, finding in examine(reference, degraded):

@@ -10,6 +10,7 @@ from typing import Any
 from recovery.config import ModelInput
 from recovery.errors import UserError
 from recovery.files import HashMemory, read_json
+from recovery.sources import is_gguf
 
 TOKENIZER_AND_CONFIG = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -21,6 +22,8 @@ def resolve_model(value: str, revision: str | None, where: str, memory: HashMemo
     Raises UserError: no such folder or model, no config, no safetensors weights (pickled ones are never read).
     """
     folder = Path(value).expanduser()
+    if is_gguf(value):
+        return _gguf(folder, where, memory)
     if folder.is_dir():
         return _local(folder, where, memory)
     if value.startswith((".", "/", "~")) or value.count("/") != 1 or value.endswith("/"):
@@ -49,6 +52,15 @@ def _local(folder: Path, where: str, memory: HashMemory) -> ModelInput:
     listing = {path.name: memory.sha256(path) for path in files if path.name != "manifest.json"}
     digest = hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
     return ModelInput(path=str(folder.resolve()), digest=digest)
+
+
+def _gguf(path: Path, where: str, memory: HashMemory) -> ModelInput:
+    if not path.is_file():
+        raise UserError(where, f"no file {path}", "give the path of a GGUF file, or a model folder")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError(where, f"{path} is not a GGUF file", "copy or convert it again")
+    return ModelInput(path=str(path.resolve()), digest=f"gguf:{memory.sha256(path)}")
 
 
 def _check_safetensors(path: Path, where: str) -> None:

@@ -22,6 +22,7 @@ from recovery.errors import UserError
 from recovery.models import load_model
 from recovery.placement import matrices, select
 from recovery.progress import progress
+from recovery.sources import pretrained
 from recovery.stage import run_stage
 
 Change = Callable[[str, Tensor], Tensor]
@@ -113,7 +114,8 @@ def produce(job: DegradeJob, workspace: Workspace) -> dict[str, Any]:
     model = load_model(job.reference, None, placed=False)
     changes = apply_damage(model, job.damage, job.seed)
     model.save_pretrained(workspace.path)
-    AutoTokenizer.from_pretrained(job.reference.path, revision=job.reference.revision).save_pretrained(workspace.path)
+    place, arguments = pretrained(job.reference.path, job.reference.revision)
+    AutoTokenizer.from_pretrained(place, **arguments).save_pretrained(workspace.path)
     return {"tensors": changes}
 
 

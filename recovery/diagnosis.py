@@ -59,7 +59,7 @@ class Finding:
 def examine(reference: Path, degraded: Path) -> Iterator[tuple[str, Finding | None]]:
     """(tensor, what is wrong with it or None) for each of the reference's tensors, in their order by name."""
     theirs, own = Checkpoint(reference), Checkpoint(degraded)
-    names = sorted(theirs.files)
+    names = theirs.names
     known = Known(theirs)
     for name in names:
         right = theirs[name]
@@ -70,7 +70,7 @@ def examine(reference: Path, degraded: Path) -> Iterator[tuple[str, Finding | No
         else:
             yield name, compare_tensors(name, right, own[name], known)
     embeddings = [name for name in names if "embed" in name]
-    for name in sorted(set(own.files) - set(names)):
+    for name in sorted(set(own.names) - set(names)):
         tensor = own[name]
         if known.holder_of(tensor) is not None:
             continue  # a head that was tied and is now written out
@@ -93,7 +93,7 @@ class Known:
         if shape not in self._names:
             self._names[shape] = {
                 _digest(self._reference[name]): name
-                for name in sorted(self._reference.files, reverse=True)
+                for name in reversed(self._reference.names)
                 if self._reference.shape_of(name) == shape
             }
         return self._names[shape].get(_digest(tensor))
@@ -101,7 +101,7 @@ class Known:
     def twin_of(self, name: str, own: Checkpoint) -> str | None:
         """Another tensor of the reference with the same content, which `own` has."""
         digest, shape = _digest(self._reference[name]), self._reference.shape_of(name)
-        others = (other for other in own.files if other in self._reference and other != name)
+        others = (other for other in own.names if other in self._reference and other != name)
         same = (other for other in others if self._reference.shape_of(other) == shape)
         return next((other for other in same if _digest(self._reference[other]) == digest), None)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from recovery.adapters import add_adapter, ranks_in, save_adapter, set_adapter
 from recovery.config import TrainJob
 from recovery.models import TORCH_DTYPES, causal_lm
+from recovery.sources import pretrained
 
 
 def make_learner(job: TrainJob, degraded: Any) -> Any:
@@ -52,4 +53,5 @@ def save_learner(job: TrainJob, model: Any, master: dict[str, Tensor], folder: P
         if other in weights:
             tied[name] = weights[other]
     model.save_pretrained(folder, state_dict=tied)
-    AutoTokenizer.from_pretrained(job.degraded.path, revision=job.degraded.revision).save_pretrained(folder)
+    place, arguments = pretrained(job.reference.path, job.reference.revision)
+    AutoTokenizer.from_pretrained(place, **arguments).save_pretrained(folder)

@@ -23,6 +23,7 @@ from recovery.environment import return_memory
 from recovery.errors import UserError
 from recovery.gated import use_gated_products
 from recovery.head import Head
+from recovery.sources import is_gguf, pretrained
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -65,29 +66,35 @@ def attention_kind(config: Any) -> str:
 
 
 def load_model(given: ModelInput, dtype: Dtype | None, *, placed: bool = True) -> Any:
-    """A causal LM for inference, from safetensors only, without remote code.
+    """A causal LM for inference, from safetensors or GGUF only, without remote code.
 
-    dtype: compute type of the weights; None keeps the checkpoint's own. placed: move to this process's device.
+    Quantized weights are unpacked: they are the numbers that a packed model computes with, so that an adapter made for
+    them fits it. dtype: compute type of the weights; None keeps the checkpoint's own. placed: move to this process's
+    device.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     quiet_libraries()
     try:
-        config = AutoConfig.from_pretrained(given.path, revision=given.revision)
+        place, arguments = pretrained(given.path, given.revision)
+        config = AutoConfig.from_pretrained(place, **arguments)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            given.path,
-            revision=given.revision,
+            place,
+            **arguments,
+            **unpacking(config, given.path),
             dtype="auto" if dtype is None else TORCH_DTYPES[dtype],
             attn_implementation=attention_kind(config),
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(
-            given.path, f"the model cannot be loaded ({first})", "give a complete safetensors model"
+            given.path, f"the model cannot be loaded ({first})", "give a complete safetensors or GGUF model"
         ) from error
     model, loading = loaded
+    model = unpacked(model, given.path)
+    model = model if dtype is None else model.to(TORCH_DTYPES[dtype])
     absent = sorted([*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])])
     if absent:
         raise UserError(
@@ -99,6 +106,44 @@ def load_model(given: ModelInput, dtype: Dtype | None, *, placed: bool = True) -
     model = model.to(device()) if placed else model
     return_memory()
     return model
+
+
+def unpacking(config: Any, path: str) -> dict[str, Any]:
+    """The arguments with which transformers unpacks a quantized checkpoint while it loads it, where it can."""
+    from transformers.utils.quantization_config import (
+        CompressedTensorsConfig,
+        FineGrainedFP8Config,
+        GgufConfig,
+        Mxfp4Config,
+    )
+
+    if is_gguf(path):
+        return {"quantization_config": GgufConfig(dequantize=True)}
+    packing = getattr(config, "quantization_config", None) or {}
+    match packing.get("quant_method"):
+        case "fp8":
+            block: Any = packing.get("weight_block_size")
+            return {"quantization_config": FineGrainedFP8Config(dequantize=True, weight_block_size=block)}
+        case "mxfp4":
+            return {"quantization_config": Mxfp4Config(dequantize=True)}
+        case "compressed-tensors":
+            return {"quantization_config": CompressedTensorsConfig(run_compressed=False)}
+        case _:
+            return {}
+
+
+def unpacked(model: Any, path: str) -> Any:
+    """The model with plain weights, where loading has left it packed (bitsandbytes).
+
+    Raises UserError where transformers cannot unpack this format.
+    """
+    if getattr(model, "hf_quantizer", None) is None:
+        return model
+    try:
+        return model.dequantize()
+    except (NotImplementedError, ValueError, AttributeError, TypeError) as error:
+        found = f"its quantization cannot be unpacked ({str(error).strip().splitlines()[0]})"
+        raise UserError(path, found, "give the weights dequantized, as safetensors") from error
 
 
 def share_equal(model: Any, other: Any) -> int:

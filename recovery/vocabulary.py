@@ -10,14 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from recovery.errors import UserError
+from recovery.sources import is_gguf
 
 SPECIAL = ("bos_token_id", "eos_token_id", "unk_token_id")
+UNUSED = 5
+"""GGUF's type of the tokens that only pad the embedding (gguf.TokenType.UNUSED)."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     tokens: dict[str, int]
     special: dict[str, int | None]
+    """Of a GGUF file: none."""
     head_width: int
     """Rows of the output head: the model's `vocab_size`."""
 
@@ -34,6 +38,8 @@ def load_vocabulary(path: str, revision: str | None = None, *, model: bool = Tru
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    if is_gguf(path):
+        return gguf_vocabulary(path)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision)
         config = AutoConfig.from_pretrained(path, revision=revision) if model else None
@@ -44,6 +50,24 @@ def load_vocabulary(path: str, revision: str | None = None, *, model: bool = Tru
     tokens = tokenizer.get_vocab()
     width = max(tokens.values()) + 1 if config is None else int(config.get_text_config().vocab_size)
     return Vocabulary(tokens, special, width)
+
+
+def gguf_vocabulary(path: str) -> Vocabulary:
+    """The token list of a GGUF file itself: tokenizers that are made from it may add tokens of their own.
+
+    Special ids are left out, as converters choose them by their own lights. Raises UserError when there is no list.
+    """
+    from gguf import GGUFReader, TokenType
+
+    try:
+        reader = GGUFReader(path)
+        tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise UserError(path, f"its tokens cannot be read ({error})", "copy or convert the file again") from error
+    types = reader.fields.get("tokenizer.ggml.token_type")
+    kinds = types.contents() if types is not None else [TokenType.NORMAL] * len(tokens)
+    used = {token: place for place, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != UNUSED}
+    return Vocabulary(used, {}, len(tokens))
 
 
 def used_width(reference: Vocabulary, degraded: Vocabulary, where: str = "models.degraded") -> int:
@@ -75,7 +99,7 @@ def compare(expected: Vocabulary, found: Vocabulary, where: str) -> None:
             f"its vocabulary differs from the reference's in {len(different)} tokens, first: {shown}",
             "pair models of one vocabulary (a shared tokenizer class is not enough)",
         )
-    for name in SPECIAL:
+    for name in expected.special.keys() & found.special.keys():
         if expected.special[name] != found.special[name]:
             raise UserError(
                 where,

@@ -1,49 +1,72 @@
-"""A folder's weights, a tensor at a time, from safetensors: what transformers would load, and nothing else."""
+"""A checkpoint's weights, a tensor at a time: what transformers would load, and nothing else."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from recovery.config import ModelInput
 from recovery.errors import UserError
 from recovery.files import read_json
+from recovery.sources import is_gguf
 
 BUFFERS = ("inv_freq", "masked_bias", "attn.bias")
 """Ends of the names of tensors that old checkpoints hold and no model needs."""
 
 
-@dataclass
 class Checkpoint:
-    """The tensors of a folder, by name, read when they are asked for."""
+    """The tensors of a folder of safetensors, by name, read when they are asked for; those of a quantized folder or a
+    GGUF file unpacked, all at once."""
 
-    folder: Path
-    files: dict[str, Path] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for path in weight_files(self.folder):
+    def __init__(self, path: Path) -> None:
+        self._files: dict[str, Path] = {}
+        self._unpacked: Mapping[str, Tensor] = {}
+        if is_packed(path):
+            self._unpacked = unpacked_weights(path)
+            return
+        for file in weight_files(path):
             try:
-                with safe_open(path, framework="pt") as file:
-                    self.files |= dict.fromkeys(file.keys(), path)
+                with safe_open(file, framework="pt") as opened:
+                    self._files |= {name: file for name in opened.keys() if not name.endswith(BUFFERS)}  # noqa: SIM118 - no mapping
             except (SafetensorError, OSError) as error:
                 found = f"not a whole safetensors file ({error})"
-                raise UserError(str(path), found, "copy or export it again") from error
-        self.files = {name: path for name, path in self.files.items() if not name.endswith(BUFFERS)}
-        if not self.files:
-            raise UserError(str(self.folder), "no .safetensors file in it", "give the folder of a complete model")
+                raise UserError(str(file), found, "copy or export it again") from error
+        if not self._files:
+            raise UserError(str(path), "no .safetensors file in it", "give the folder of a complete model")
+
+    @property
+    def names(self) -> list[str]:
+        return sorted({**self._files, **self._unpacked})
 
     def __contains__(self, name: str) -> bool:
-        return name in self.files
+        return name in self._files or name in self._unpacked
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self.files[name], framework="pt") as file:
+        if name in self._unpacked:
+            return self._unpacked[name]
+        with safe_open(self._files[name], framework="pt") as file:
             return file.get_tensor(name)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
-        with safe_open(self.files[name], framework="pt") as file:
+        if name in self._unpacked:
+            return tuple(self._unpacked[name].shape)
+        with safe_open(self._files[name], framework="pt") as file:
             return tuple(file.get_slice(name).get_shape())
+
+
+def is_packed(path: Path) -> bool:
+    config = path / "config.json"
+    return is_gguf(str(path)) or (config.is_file() and "quantization_config" in read_json(config))
+
+
+def unpacked_weights(path: Path) -> dict[str, Tensor]:
+    from recovery.models import load_model
+
+    model = load_model(ModelInput(path=str(path), digest=""), None, placed=False)
+    return dict(model.named_parameters())
 
 
 def weight_files(folder: Path) -> list[Path]:

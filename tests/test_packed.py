@@ -1,0 +1,143 @@
+"""Models that other tools quantized: unpacked to the numbers they compute with, repaired beside their packed base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from launch.diagnose import diagnose
+from launch.models import resolve_model
+from recovery.adapters import load_adapter
+from recovery.config import ModelInput
+from recovery.corpus import read_split
+from recovery.errors import UserError
+from recovery.files import HashMemory
+from recovery.measure import measure
+from recovery.models import load_model
+from recovery.vocabulary import load_vocabulary, used_width
+from tests.conftest import make_model
+from tests.packed import write_fp8, write_gguf, write_nf4
+from tests.pipeline import make_benchmarks, run_in_process, tiny_recipe
+
+KINDS = ("fp8", "nf4", "gguf")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "reference", extra=("ab",))
+
+
+@pytest.fixture(scope="module")
+def packed(reference: Path) -> dict[str, tuple[Path, dict[str, Tensor]]]:
+    """Each kind's folder or file, and what its weights stand for where that is known without reading it."""
+    folder = reference.parent
+    write_nf4(reference, folder / "nf4")
+    return {
+        "fp8": (folder / "fp8", write_fp8(reference, folder / "fp8")),
+        "nf4": (folder / "nf4", {}),
+        "gguf": (folder / "model.gguf", write_gguf(reference, folder / "model.gguf")),
+    }
+
+
+def load(path: Path) -> Any:
+    return load_model(ModelInput(path=str(path), digest=""), "float32")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_unpacked_to_what_they_stand_for(packed: dict[str, tuple[Path, dict[str, Tensor]]], kind: str):
+    path, meant = packed[kind]
+    found = dict(load(path).named_parameters())
+    assert all(weight.dtype == torch.float32 for weight in found.values())
+    assert {name: weight.shape for name, weight in meant.items()}.items() <= {
+        name: weight.shape for name, weight in found.items()
+    }.items()
+    for name, weight in meant.items():
+        assert torch.equal(found[name], weight), name
+
+
+def test_an_unpacked_model_gives_the_packed_ones_logits(packed: dict[str, tuple[Path, dict[str, Tensor]]]):
+    from transformers import AutoModelForCausalLM
+
+    path, _ = packed["nf4"]
+    ids = torch.arange(3, 40)[None]
+    own: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    torch.testing.assert_close(load(path)(ids).logits, own(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_whole_pipeline_takes_them_and_leaves_them_as_they_are(
+    reference: Path, packed: dict[str, tuple[Path, dict[str, Tensor]]], tmp_path: Path, kind: str
+):
+    path, _ = packed[kind]
+    recipe = tiny_recipe(
+        reference,
+        make_benchmarks(tmp_path / "data"),
+        models={"degraded": str(path)},
+        degrade=None,
+        adapter={"placement": "attention_mlp", "rank": 24, "init": "closed_form_sequential"},
+        train={"epochs": 3, "learning_rate": 1e-3},
+    )
+    folders = run_in_process(recipe, tmp_path / "runs")
+    summary = json.loads((folders["report"] / "summary.json").read_text())
+    assert summary["kl"]["recovered"] < 0.5 * summary["kl"]["degraded"]
+    base = json.loads((folders["train"] / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str(path)
+
+
+def test_the_adapter_fits_the_packed_base(
+    reference: Path, packed: dict[str, tuple[Path, dict[str, Tensor]]], tmp_path: Path
+):
+    """Plain PEFT on bitsandbytes' own packed modules."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    path, _ = packed["nf4"]
+    recipe = tiny_recipe(
+        reference,
+        make_benchmarks(tmp_path / "data"),
+        models={"degraded": str(path)},
+        degrade=None,
+        adapter={"placement": "attention_mlp", "rank": 24, "init": "closed_form_sequential"},
+        train={"epochs": 0},
+    )
+    folders = run_in_process(recipe, tmp_path / "runs", until="repair")
+    base: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    assert type(base.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    adapted = PeftModel.from_pretrained(base, folders["repair"]).eval()
+    ours = load_adapter(load(path), folders["repair"])
+    ids = torch.arange(3, 40)[None]
+    torch.testing.assert_close(adapted(ids).logits, ours(ids).logits, rtol=1e-4, atol=1e-4)
+    width = used_width(load_vocabulary(str(reference)), load_vocabulary(str(path)))
+    lines = (folders["repair"] / "held_out.jsonl").read_text().splitlines()
+    held_out = read_split(folders["generate"], "held_out")
+    assert measure(ours, load(reference), held_out, width, 256, "").kl == pytest.approx(
+        json.loads(lines[-1])["kl"], rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_are_diagnosed(reference: Path, packed: dict[str, tuple[Path, dict[str, Tensor]]], kind: str):
+    text = diagnose(reference, packed[kind][0], None, 0)
+    assert "14 of" in text  # the projections of two layers
+    assert "Information was lost: recover it with adapters." in text
+
+
+def test_a_gguf_file_is_known_by_its_content(packed: dict[str, tuple[Path, dict[str, Tensor]]], tmp_path: Path):
+    path, _ = packed["gguf"]
+    found = resolve_model(str(path), None, "models.degraded", HashMemory(None))
+    (tmp_path / "copy.gguf").write_bytes(path.read_bytes())
+    copied = resolve_model(str(tmp_path / "copy.gguf"), None, "models.degraded", HashMemory(None))
+    assert found.digest == copied.digest
+    (tmp_path / "bad.gguf").write_bytes(b"none")
+    with pytest.raises(UserError, match="not a GGUF file"):
+        resolve_model(str(tmp_path / "bad.gguf"), None, "models.degraded", HashMemory(None))
+    with pytest.raises(UserError, match="no file"):
+        resolve_model(str(tmp_path / "none.gguf"), None, "models.degraded", HashMemory(None))
+    (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:900])
+    with pytest.raises(UserError, match="tokens cannot be read"):
+        load_vocabulary(str(tmp_path / "cut.gguf"))
