@@ -131,5 +131,22 @@ def recovery(
     return Recovery(float(ar_percent(means)), float(low), float(high), gap, error, True)
 
 
+def kl_recovery(
+    degraded: Sequence[tuple[float, int]], recovered: Sequence[tuple[float, int]], draws: int, seed: int
+) -> tuple[float, float]:
+    """The 95% percentile interval of 1 - KL(recovered) / KL(degraded), over texts drawn anew.
+
+    degraded, recovered: of the same samples in order, (KL summed over its tokens, their number). Samples are drawn with
+    replacement, not tokens, which depend on each other.
+    """
+    sums_S2 = np.array([[one[0], other[0]] for one, other in zip(degraded, recovered, strict=True)])
+    count = len(sums_S2)
+    drawn_DS = np.random.default_rng([seed, count]).multinomial(count, np.full(count, 1 / count), size=draws)
+    before_D, after_D = (drawn_DS @ sums_S2).T
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(1 - after_D / before_D, [tail, 1 - tail])
+    return float(low), float(high)
+
+
 def _lost(outcomes: Outcomes) -> NDArray[np.int64]:
     return outcomes.reference - outcomes.degraded

@@ -85,7 +85,7 @@ class ContextsJob(Job):
 
 class EvaluateJob(Job):
     stage: ClassVar[str] = "evaluate"
-    schema_version: ClassVar[int] = 2
+    schema_version: ClassVar[int] = 3
     seed: int
     dtype: Dtype
     model: ModelInput
@@ -110,7 +110,7 @@ class Scores(Config):
 
 class ReportJob(Job):
     stage: ClassVar[str] = "report"
-    schema_version: ClassVar[int] = 2
+    schema_version: ClassVar[int] = 3
     name: str
     seed: int
     bootstrap: PositiveInt

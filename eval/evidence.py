@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from eval.accuracy import NOTHING, Outcomes, align, recovery, resample_tasks
+from eval.accuracy import NOTHING, Outcomes, align, kl_recovery, recovery, resample_tasks
 from eval.benchmarks import averaged, benchmarks_of, weights_of
 from eval.config import ReportJob
 from eval.table import MODELS
@@ -102,7 +102,7 @@ def summarize(job: ReportJob, evidence: Evidence) -> dict[str, Any]:
         "seconds": seconds(evidence.manifests),
     }
     for suffix, text in (("", "held_out"), ("_contexts", "contexts")):
-        summary |= _divergence(evidence, text, suffix)
+        summary |= _divergence(job, evidence, text, suffix)
     summary["closed_form"] = _closed_form(job, summary)
     return summary
 
@@ -127,13 +127,22 @@ def _mean_score(scores: Mapping[str, Any], parts: tuple[str, ...]) -> dict[str, 
     }
 
 
-def _divergence(evidence: Evidence, text: str, suffix: str) -> dict[str, Any]:
+def _divergence(job: ReportJob, evidence: Evidence, text: str, suffix: str) -> dict[str, Any]:
     degraded, recovered = (evidence.divergence[model][text] for model in MODELS[1:])
     if degraded is None or recovered is None:
         return {f"kl{suffix}": None, f"top1{suffix}": None}
-    share = 1 - recovered["kl"] / degraded["kl"] if degraded["kl"] > 0 else None
+    share = low = high = None
+    if degraded["kl"] > 0:
+        share = 1 - recovered["kl"] / degraded["kl"]
+        low, high = kl_recovery(degraded["by_sample"], recovered["by_sample"], job.bootstrap, job.seed)
     return {
-        f"kl{suffix}": {"degraded": degraded["kl"], "recovered": recovered["kl"], "recovery": share},
+        f"kl{suffix}": {
+            "degraded": degraded["kl"],
+            "recovered": recovered["kl"],
+            "recovery": share,
+            "low": low,
+            "high": high,
+        },
         f"top1{suffix}": {"degraded": degraded["top1"], "recovered": recovered["top1"]},
     }
 

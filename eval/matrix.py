@@ -10,7 +10,7 @@ import matplotlib as mpl
 import numpy as np
 
 from eval.plots import INK, STYLE, new_figure
-from eval.table import MODELS, percent, recovery_text
+from eval.table import MODELS, kl_share, percent, recovery_text
 
 COLUMNS = (
     "KL",
@@ -53,7 +53,7 @@ def cells(result: Mapping[str, Any]) -> list[str]:
     kl, accuracy = result["kl"], result["accuracy"]
     return [
         f"{kl['degraded']:.3f} → {kl['recovered']:.3f}",
-        percent(kl["recovery"]),
+        kl_share(kl),
         percent(result["top1"]["recovered"]),
         "-" if accuracy is None else ", ".join(percent(accuracy[model]) for model in MODELS),
         f"{recovery_text(result['ar_percent'])}{_of(result)}",

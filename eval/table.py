@@ -27,6 +27,12 @@ def recovery_text(result: Mapping[str, Any]) -> str:
     return f"not measurable (gap {100 * result['gap']:.1f} ± {error} points)"
 
 
+def kl_share(kl: Mapping[str, Any]) -> str:
+    """KL recovery with its interval."""
+    shown = percent(kl["recovery"])
+    return shown if kl["low"] is None else f"{shown} [{100 * kl['low']:.1f}, {100 * kl['high']:.1f}]"
+
+
 def average_row(summary: Mapping[str, Any], benchmarks: list[str], title: str, result: Mapping[str, Any]) -> list[str]:
     tasks = summary["tasks"]
     means = [sum(tasks[name][model]["acc"] for name in benchmarks) / len(benchmarks) for model in MODELS]
@@ -44,7 +50,7 @@ def divergence_rows(summary: Mapping[str, Any]) -> list[list[str]]:
         if (kl := summary[f"kl{suffix}"]) is None:
             continue
         top1 = summary[f"top1{suffix}"]
-        share = f"{percent(kl['recovery'])} of the KL"
+        share = f"{kl_share(kl)} of the KL"
         rows.append([f"KL, {where}", "0", f"{kl['degraded']:.3f}", f"{kl['recovered']:.3f}", share])
         if not suffix and (before := summary.get("closed_form")) is not None:
             share = f"{percent(before['recovery'])} of the KL"

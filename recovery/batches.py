@@ -52,6 +52,12 @@ class Batch:
     next_N: Tensor
     """int64: the ids that follow there."""
 
+    @property
+    def owners_N(self) -> Tensor:
+        """int64: the sample of each place that carries loss, counted within the batch."""
+        ends = torch.tensor(self.bounds[1:], device=self.loss_N.device)
+        return torch.searchsorted(ends, self.loss_N, right=True)
+
     def to(self, device: torch.device) -> Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 

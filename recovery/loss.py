@@ -225,17 +225,17 @@ class _LogitsLoss(torch.autograd.Function):
 
 @torch.no_grad()
 def compare(hidden_NH: Tensor, head: Head, targets: DenseTargets, next_N: Tensor) -> Tensor:
-    """Sums over tokens (4,) float64: KL in nats, top-1 agreement, the student's and the reference's -log p(next)."""
-    sums = torch.zeros(4, dtype=torch.float64, device=hidden_NH.device)
+    """Of every token (N, 4) float64: KL in nats, top-1 agreement, the student's and the reference's -log p(next)."""
+    found_N4 = torch.empty(len(hidden_NH), 4, dtype=torch.float64, device=hidden_NH.device)
     for part in chunks(len(hidden_NH), head.width):
         student_TV = torch.log_softmax(head.logits(hidden_NH[part]), dim=-1)
         teacher_TV = torch.log_softmax(targets.head.logits(targets.hidden_NG[part]), dim=-1)
         next_T1 = next_N[part, None]
-        sums[1] += (student_TV.argmax(-1) == teacher_TV.argmax(-1)).sum()
-        sums[2] -= student_TV.gather(1, next_T1).sum(dtype=torch.float64)
-        sums[3] -= teacher_TV.gather(1, next_T1).sum(dtype=torch.float64)
-        sums[0] += _times(teacher_TV.exp(), teacher_TV.sub_(student_TV)).sum(dtype=torch.float64)
-    return sums
+        found_N4[part, 1] = (student_TV.argmax(-1) == teacher_TV.argmax(-1)).double()
+        found_N4[part, 2] = -student_TV.gather(1, next_T1)[:, 0].double()
+        found_N4[part, 3] = -teacher_TV.gather(1, next_T1)[:, 0].double()
+        found_N4[part, 0] = _times(teacher_TV.exp(), teacher_TV.sub_(student_TV)).sum(-1, dtype=torch.float64)
+    return found_N4
 
 
 def chunks(tokens: int, width: int) -> Iterator[slice]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,12 +33,31 @@ class Measurement:
     """exp of the model's mean -log p(next token)."""
     reference_perplexity: float
     tokens: int
+    by_sample: tuple[tuple[float, int], ...] = field(default=(), repr=False)
+    """Of every sample in order: KL summed over its tokens, and their number."""
 
 
-def measurement_of(sums: Tensor, count: int) -> Measurement:
-    """From the sums that recovery.loss.compare gives, over `count` positions."""
-    kl, top1, nll, reference_nll = (sums / max(count, 1)).tolist()
-    return Measurement(kl, top1, float(np.exp(nll)), float(np.exp(reference_nll)), count)
+class Tally:
+    """Sums over a text, sample by sample."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}
+        self._counts: dict[int, int] = {}
+
+    def add(self, batch: Batch, found_N4: Tensor) -> None:
+        """found_N4: what recovery.loss.compare gives for the places of the batch that carry loss."""
+        owners_N = batch.owners_N
+        sums_S4 = found_N4.new_zeros(len(batch.rows), 4).index_add_(0, owners_N, found_N4).cpu()
+        counts = torch.bincount(owners_N, minlength=len(batch.rows)).tolist()
+        for row, sums, count in zip(batch.rows, sums_S4, counts, strict=True):
+            self._sums[row], self._counts[row] = sums, count
+
+    def measurement(self) -> Measurement:
+        rows, count = sorted(self._sums), sum(self._counts.values())
+        total = torch.stack([self._sums[row] for row in rows]).sum(0) if rows else torch.zeros(4)
+        kl, top1, nll, reference_nll = (total / max(count, 1)).tolist()
+        by_sample = tuple((float(self._sums[row][0]), self._counts[row]) for row in rows)
+        return Measurement(kl, top1, float(np.exp(nll)), float(np.exp(reference_nll)), count, by_sample)
 
 
 def measure(
@@ -56,13 +75,12 @@ def measure_streams(reference: Any, student: Any, pairs: Iterable[tuple[Stream, 
     """The same of texts that were carried to the end of the layers (recovery.layerwise): the reference's and the
     student's stream of each."""
     theirs_head, own_head = head_of(reference, width), head_of(student, width)
-    sums, count = torch.zeros(4, dtype=torch.float64), 0
+    tally = Tally()
     for theirs, own in pairs:
         batch = theirs.batch
         theirs_NH, own_NH = end(reference, theirs)[batch.loss_N], end(student, own)[batch.loss_N]
-        sums += compare(own_NH, own_head, DenseTargets(theirs_NH, theirs_head), batch.next_N).cpu()
-        count += len(batch.next_N)
-    return measurement_of(sums, count)
+        tally.add(batch, compare(own_NH, own_head, DenseTargets(theirs_NH, theirs_head), batch.next_N))
+    return tally.measurement()
 
 
 class HeldOut:
@@ -103,18 +121,16 @@ class HeldOut:
 
         hidden_of: a batch to the student's final hidden states (T, H). description: show a progress bar.
         """
-        sums = torch.zeros(4, dtype=torch.float64)
-        count = 0
+        tally = Tally()
         bar = progress(int(self._tokens.lengths.sum()), "tok", description) if description else None
         for number, rows in enumerate(self._rows):
             batch = collate(self._tokens, rows).to(self._device)
             hidden_NH = hidden_of(batch)[batch.loss_N]
             targets = self._targets(number, batch)
             with head() as student_head:
-                sums += compare(hidden_NH, student_head, targets, batch.next_N).cpu()
-            count += len(batch.next_N)
+                tally.add(batch, compare(hidden_NH, student_head, targets, batch.next_N))
             if bar is not None:
                 bar.update(int(sum(self._tokens.lengths[row] for row in rows)))
         if bar is not None:
             bar.close()
-        return measurement_of(sums, count)
+        return tally.measurement()

@@ -28,6 +28,7 @@ def advice(kls: list[float]) -> str | None:
 def line_of(found: Measurement, step: int, tokens: int, split: str = "held_out") -> str:
     """A line of the file. tokens: learned from until then."""
     content = {**asdict(found), "step": step, "tokens": tokens, "split": split, "measured_tokens": found.tokens}
+    del content["by_sample"]
     return json.dumps(content) + "\n"
 
 

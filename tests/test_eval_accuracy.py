@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.accuracy import CERTAIN, Outcomes, Recovery, align, ar_percent, recovery, resample, resample_tasks
+from eval.accuracy import (
+    CERTAIN,
+    Outcomes,
+    Recovery,
+    align,
+    ar_percent,
+    kl_recovery,
+    recovery,
+    resample,
+    resample_tasks,
+)
 from eval.benchmarks import averaged, benchmarks_of, weights_of
 from eval.config import KNOWN, PAPER
 from recovery.errors import UserError
@@ -154,3 +164,17 @@ def test_other_items_are_refused():
     for other in ([record(0)], [record(4), record(0)], [record(0), record(4, "changed")]):
         with pytest.raises(UserError, match="recovered model was scored on other items"):
             align("piqa", good, good, other)
+
+
+def test_kl_recovery_is_resampled_by_whole_samples():
+    generator = np.random.default_rng(3)
+    counts = generator.integers(5, 200, size=40)
+    before = generator.gamma(4.0, 1.0, size=40) * counts
+    after = 0.1 * before * generator.uniform(0.5, 1.5, size=40)
+    rows = [[(float(kl), int(count)) for kl, count in zip(kls, counts, strict=True)] for kls in (before, after)]
+    low, high = kl_recovery(rows[0], rows[1], 20000, 0)
+    drawn = generator.integers(0, 40, size=(20000, 40))
+    found = np.quantile(1 - after[drawn].sum(1) / before[drawn].sum(1), [0.025, 0.975])
+    assert (low, high) == pytest.approx(tuple(found), abs=1e-3)
+    assert low < 1 - after.sum() / before.sum() < high
+    assert kl_recovery(rows[0], rows[1], 20000, 0) == (low, high)

@@ -53,7 +53,7 @@ def test_the_keys_stay(summary: dict[str, Any]):
     assert set(summary) == KEYS
     assert set(summary["ar_percent"]) == AR_KEYS
     assert set(summary["ar_percent_measurable"]) == {*AR_KEYS, "tasks"}
-    assert set(summary["kl"]) == set(summary["kl_contexts"]) == {"degraded", "recovered", "recovery"}
+    assert set(summary["kl"]) == set(summary["kl_contexts"]) == {"degraded", "recovered", "recovery", "low", "high"}
     assert set(summary["top1"]) == set(summary["top1_contexts"]) == {"degraded", "recovered"}
     assert set(summary["tasks"]) == {"arc_easy", "piqa"}
     assert set(summary["tasks"]["piqa"]) == {"reference", "degraded", "recovered", "n", "ar_percent"}
@@ -69,6 +69,7 @@ def test_figures_follow_from_the_evidence(run: dict[str, Path], summary: dict[st
         assert (
             summary["tasks"]["piqa"][model]["acc"] == read_json(run[f"evaluate-{model}"] / "scores.json")["piqa"]["acc"]
         )
+    assert summary["kl"]["low"] < summary["kl"]["recovery"] < summary["kl"]["high"]
     assert summary["kl"]["recovery"] == pytest.approx(1 - summary["kl"]["recovered"] / summary["kl"]["degraded"])
     details = read_manifest(run["train"])["details"]
     assert summary["tokens"] == details["loss_tokens"] + details["calibration_tokens"]
@@ -131,7 +132,7 @@ def a_summary(*, measurable: bool) -> dict[str, Any]:
     entry = {"reference": score, "degraded": score, "recovered": score, "n": 200, "ar_percent": result}
     nothing = {**dict.fromkeys(AR_KEYS), "measurable": False, "tasks": []}
     return {
-        "kl": {"degraded": 5.0, "recovered": 1.0, "recovery": 0.8},
+        "kl": {"degraded": 5.0, "recovered": 1.0, "recovery": 0.8, "low": 0.78, "high": 0.83},
         "top1": {"degraded": 0.1, "recovered": 0.6},
         "kl_contexts": None,
         "top1_contexts": None,
