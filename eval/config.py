@@ -18,6 +18,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "paper": PAPER,
     # Small models stand well above chance on these two, where the paper's seven say nothing about them.
     "extended": (*PAPER, "arc_easy", "sciq"),
+    "none": (),
 }
 KNOWN = SUITES["extended"]
 
@@ -25,8 +26,8 @@ KNOWN = SUITES["extended"]
 class Evaluate(Config):
     """Recipe section `evaluate`: what the reference, the degraded and the recovered model are scored on."""
 
-    suite: Literal["paper", "extended"] = "paper"
-    """paper: the nine tasks of section 5.2; extended: ARC-Easy and SciQ too."""
+    suite: Literal["paper", "extended", "none"] = "paper"
+    """paper: the nine tasks of section 5.2; extended: ARC-Easy and SciQ too; none: KL on held-out text alone."""
     tasks: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Tasks by name, in place of a suite."""
     limit: PositiveInt | None = None

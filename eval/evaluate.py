@@ -67,7 +67,7 @@ def score_items(items: Items, model: Any, tokenizer: Any, batch_tokens: int) -> 
 
 def summarize(items: dict[str, list[Item]]) -> dict[str, Any]:
     """{task: {acc, acc_stderr, acc_norm, n}} as fractions, and `average`: the mean over the paper's benchmarks, MMLU
-    counted once as the mean of its subsets (section 5.2)."""
+    counted once as the mean of its subsets (section 5.2); null without any."""
     scores: dict[str, Any] = {}
     for name, records in items.items():
         acc = np.array([record["acc"] for record in records], dtype=float)
@@ -79,7 +79,8 @@ def summarize(items: dict[str, list[Item]]) -> dict[str, Any]:
             "n": len(acc),
         }
     weights = weights_of(items, averaged(items))
-    return {**scores, "average": sum(weight * scores[name]["acc"] for name, weight in weights.items())}
+    average = sum(weight * scores[name]["acc"] for name, weight in weights.items())
+    return {**scores, "average": average if weights else None}
 
 
 def measure_divergence(job: EvaluateJob, divergence: Divergence, model: Any) -> dict[str, Any]:
@@ -114,6 +115,9 @@ def produce(job: EvaluateJob, workspace: Workspace) -> dict[str, Any]:
     # Whatever the data lack is told before a model is loaded.
     data_dir = job.data.path if job.data is not None else None
     chosen = {name: load_items(name, job.seed, job.limit, data_dir) for name in job.tasks}
+    if not chosen and job.divergence is None:  # the reference, where nothing is scored
+        write_json(workspace.path / "scores.json", summarize({}))
+        return {"splits": {}}
     model = load_model(job.model, job.dtype)
     if job.adapter is not None:
         model = load_adapter(model, job.adapter.path)
@@ -130,7 +134,8 @@ def produce(job: EvaluateJob, workspace: Workspace) -> dict[str, Any]:
             workspace.tick()
     scores = summarize({name: read_json(folder / f"{name}.json") for name in job.tasks})
     write_json(workspace.path / "scores.json", scores)
-    log.info("average accuracy %.1f%% over %d tasks", 100 * scores["average"], len(job.tasks))
+    if job.tasks:
+        log.info("average accuracy %.1f%% over %d tasks", 100 * scores["average"], len(job.tasks))
     if job.divergence is not None and not (workspace.path / "divergence.json").exists():
         write_json(workspace.path / "divergence.json", measure_divergence(job, job.divergence, model))
         workspace.tick()

@@ -93,7 +93,9 @@ def summarize(job: ReportJob, evidence: Evidence) -> dict[str, Any]:
     passing = recovery(outcomes, draws, weights_of(job.tasks, certain)) if certain else NOTHING
     details = evidence.adapter["details"]
     summary: dict[str, Any] = {
-        "ar_percent": asdict(recovery(outcomes, draws, weights_of(job.tasks, averaged(job.tasks)))),
+        "ar_percent": asdict(
+            recovery(outcomes, draws, weights_of(job.tasks, averaged(job.tasks))) if job.tasks else NOTHING
+        ),
         "ar_percent_measurable": {**asdict(passing), "tasks": certain},
         "tasks": tasks,
         "tokens": int(details["loss_tokens"]) + int(details.get("calibration_tokens", 0)),

@@ -35,22 +35,28 @@ def render(job: ReportJob, evidence: Evidence, summary: Mapping[str, Any]) -> st
 
 def _result(summary: Mapping[str, Any]) -> str:
     rows = [*divergence_rows(summary), *benchmark_rows(summary)]
+    parts = [
+        markdown_table(HEADER, rows),
+        """\
+KL is KL(reference ‖ model) in nats per token, the share of it that came back with a 95% interval over samples drawn
+anew; top-1 is how often model and reference prefer the same next token.""",
+    ]
+    if summary["tasks"]:
+        parts.append(_accuracy_note(summary))
+    parts += ["![KL over training](kl.png)"]
+    if summary["tasks"]:
+        parts += ["![Accuracy](accuracy.png)", "![Accuracy recovery](recovery.png)"]
+    return "\n\n".join(parts)
+
+
+def _accuracy_note(summary: Mapping[str, Any]) -> str:
     items = sorted({entry["n"] for name, entry in summary["tasks"].items() if name != "mmlu"})
     each = f"{items[0]}" if len(items) == 1 else f"{items[0]} to {items[-1]}"
     return f"""\
-{markdown_table(HEADER, rows)}
-
-KL is KL(reference ‖ model) in nats per token; top-1 is how often model and reference prefer the same next token.
 Accuracy is lm-eval's `acc`, zero-shot, on {each} items a task. AR% = (recovered - degraded) / |degraded - reference|
 in per cent, with a 95% interval from a paired bootstrap over items. Where the reference is not at least three paired
 standard errors above the degraded model, AR% would be noise divided by noise: it is not measurable, and the gap is
-shown. Measurable: the average over the benchmarks that pass.
-
-![KL over training](kl.png)
-
-![Accuracy](accuracy.png)
-
-![Accuracy recovery](recovery.png)"""
+shown. Measurable: the average over the benchmarks that pass."""
 
 
 def _effort(evidence: Evidence, summary: Mapping[str, Any]) -> str:

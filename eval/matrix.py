@@ -56,7 +56,7 @@ def cells(result: Mapping[str, Any]) -> list[str]:
         kl_share(kl),
         percent(result["top1"]["recovered"]),
         "-" if accuracy is None else ", ".join(percent(accuracy[model]) for model in MODELS),
-        f"{recovery_text(result['ar_percent'])}{_of(result)}",
+        "-" if result["ar_percent"]["gap"] is None else f"{recovery_text(result['ar_percent'])}{_of(result)}",
         f"{result['tokens']:,}",
         f"{result['parameters']:,}",
         f"{result['minutes']:.1f}",

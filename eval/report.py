@@ -2,7 +2,8 @@
 
     python -m eval.report JOB
 
-Writes `report.md`, `accuracy.png`, `kl.png`, `recovery.png`, `summary.json` (keys that stay) and `metrics.jsonl`.
+Writes `report.md`, `kl.png`, `accuracy.png` and `recovery.png` (where there are benchmarks), `summary.json` (keys that
+stay) and `metrics.jsonl`.
 """
 
 from __future__ import annotations
@@ -45,15 +46,17 @@ def produce(job: ReportJob, workspace: Workspace) -> dict[str, Any]:
     evidence = gather(job)
     summary = summarize(job, evidence)
     write_json(folder / "summary.json", summary)
-    plot_accuracy(summary, folder / "accuracy.png")
     plot_kl(evidence.history, evidence.held_out, summary, folder / "kl.png")
-    plot_recovery(summary, folder / "recovery.png")
+    if job.tasks:
+        plot_accuracy(summary, folder / "accuracy.png")
+        plot_recovery(summary, folder / "recovery.png")
     write_atomic(folder / "report.md", render(job, evidence, summary))
     with Tracker(job.runtime.tracking, folder / "metrics.jsonl") as tracker:
         step = max((line["step"] for line in evidence.history), default=0)
         tracker.metrics(flat_metrics(summary), step)
-        for name in ("report.md", "summary.json", "accuracy.png", "kl.png", "recovery.png"):
-            tracker.artifact(folder / name, "report")
+        for path in sorted(folder.glob("*.*")):
+            if path.name != "metrics.jsonl":
+                tracker.artifact(path, "report")
     return {"kl": summary["kl"], "ar_percent": summary["ar_percent"]}
 
 

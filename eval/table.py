@@ -68,6 +68,8 @@ def benchmark_rows(summary: Mapping[str, Any]) -> list[list[str]]:
         title = TITLES[name] if len(members) == 1 else f"{TITLES[name]} ({len(members)} subsets)"
         accuracies = [percent(tasks[name][model]["acc"]) for model in MODELS]
         rows.append([title, *accuracies, recovery_text(tasks[name]["ar_percent"])])
+    if not scored:
+        return rows
     whole = list(averaged(scored))
     rows.append(average_row(summary, whole, f"paper's average ({len(whole)})", summary["ar_percent"]))
     certain = summary["ar_percent_measurable"]
@@ -86,7 +88,7 @@ def terminal_table(summary: Mapping[str, Any]) -> str:
         return "  ".join([row[0].ljust(widths[0]), *numbers, row[4]]).rstrip()
 
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    rows = [line(HEADER), rule, *map(line, first), rule, *map(line, second), rule]
+    rows = [line(HEADER), rule, *map(line, first), *([rule, *map(line, second)] if second else []), rule]
     rows.append(f"tokens used           {summary['tokens']:,} (generated: {summary['tokens_generated']:,})")
     rows.append(f"trainable parameters  {summary['trainable_parameters']:,}")
     return "\n".join(rows)

@@ -103,7 +103,7 @@ def resolve_names(recipe: Recipe, memory: HashMemory) -> Names:
         degraded = faults.attempt(lambda: resolve_model(given, None, "models.degraded", memory))
     deepspeed = faults.attempt(lambda: read_deepspeed(recipe.train.deepspeed))
     data = None
-    if (folder := recipe.evaluate.data_dir) is not None:
+    if (folder := recipe.evaluate.data_dir) is not None and recipe.evaluate.task_names:
         data = faults.attempt(lambda: benchmark_data(Path(folder), recipe.evaluate.task_names, memory))
     labelled: dict[str, LooseInput] = {}
     for name in recipe.labelled.sets if recipe.labelled is not None else ():
@@ -217,7 +217,7 @@ def partition_stage(recipe: Recipe, names: Names, cluster: Cluster, runs_dir: Pa
 def contexts_job(build: Builder, recipe: Recipe, names: Names) -> ContextsJob | None:
     """The job of the benchmark contexts on which KL is measured too; None when the recipe wants none."""
     evaluate = recipe.evaluate
-    if not evaluate.contexts:
+    if not evaluate.contexts or not evaluate.task_names:
         return None
     return build.job(
         ContextsJob,

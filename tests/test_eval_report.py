@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 
 from eval import report
-from eval.config import KNOWN, ReportJob
+from eval.config import KNOWN, Evaluate, ReportJob
 from eval.evidence import count_tokens, gather
 from eval.markdown import markdown_table
 from eval.plots import plot_accuracy, plot_kl, plot_recovery
@@ -182,3 +182,17 @@ def test_plots_are_drawn_for_any_result(tmp_path: Path, measurable: bool):
 
 def test_a_bar_in_a_cell_does_not_split_it():
     assert markdown_table(["a", "b"], [["x|y", "1"]]).splitlines()[-1] == r"| x\|y | 1 |"
+
+
+def test_without_benchmarks_there_is_kl_alone(tiny: Path, tmp_path: Path):
+    recipe = tiny_recipe(tiny, tmp_path, adapter={"init": "closed_form_sequential"}, train={"epochs": 0})
+    recipe = recipe.model_copy(update={"evaluate": Evaluate(suite="none")})
+    folders = run_in_process(recipe, tmp_path / "runs")
+    assert "contexts" not in folders
+    summary = json.loads((folders["report"] / "summary.json").read_text())
+    assert summary["tasks"] == {}
+    assert not summary["ar_percent"]["measurable"]
+    assert summary["kl"]["recovered"] < summary["kl"]["degraded"]
+    assert "KL, held-out text" in terminal_table(summary)
+    assert "Accuracy" not in (folders["report"] / "report.md").read_text()
+    assert {path.name for path in folders["report"].glob("*.png")} == {"kl.png"}
