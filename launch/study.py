@@ -39,6 +39,8 @@ class Study(Config):
     """Names the study's folder, and the points' folders together with their labels."""
     recipe: str
     """The recipe that every point changes; a path from the study's own folder."""
+    changes: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the recipe that all points change, by dotted name."""
     axes: dict[str, dict[str, dict[str, Any]] | list[Any]] = Field(min_length=1)
     """What varies, outermost first. A list holds values of the recipe's field of that name (train.learning_rate:
     [1e-3, 1e-4]); otherwise each label has its changes: {few: {generate.samples: 80}, many: {...}}."""
@@ -89,9 +91,13 @@ def load_study(path: Path) -> tuple[Study, list[Point]]:
         own = copy.deepcopy(content)
         at = dict(zip(axes, labels, strict=True))
         try:
-            for axis, label in at.items():
-                for dotted, value in axes[axis][label].items():
-                    set_field(own, dotted, copy.deepcopy(value), f"{path}: axes.{axis}.{label}")
+            places = {
+                "changes": study.changes,
+                **{f"axes.{axis}.{label}": axes[axis][label] for axis, label in at.items()},
+            }
+            for place, changes in places.items():
+                for dotted, value in changes.items():
+                    set_field(own, dotted, copy.deepcopy(value), f"{path}: {place}")
             own["name"] = ".".join([study.name, *labels])
             points.append(Point(at, check_config(Recipe, own, base)))
         except UserErrors as error:
