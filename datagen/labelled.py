@@ -51,11 +51,21 @@ def turns_of(row: Mapping[str, Any], where: str) -> Turns:
     if row.get("input"):
         question += f"\n\n{row['input']}"
     if row.get("choices"):
-        letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(row["choices"])]
-        lines = [f"{letter}. {choice}" for letter, choice in zip(letters, row["choices"], strict=True)]
-        place = letters.index(str(answer)) if str(answer) in letters else int(answer)
+        lines, place = _choice(row["choices"], answer, where)
         question, answer = "\n".join([question, *lines]), lines[place]
     return [{"role": "user", "content": question}, {"role": "assistant", "content": str(answer)}]
+
+
+def _choice(choices: Any, answer: Any, where: str) -> tuple[list[str], int]:
+    """The lines of the choices, and which of them is right: named by its number, its letter or its text."""
+    texts = choices["text"] if isinstance(choices, Mapping) else choices
+    letters = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(texts)])
+    names = [*map(str, range(len(texts)))], letters, list(map(str, texts))
+    place = next((known.index(str(answer)) for known in names if str(answer) in known), None)
+    if place is None:
+        found = f"answer {answer!r} to choices {texts!r}"
+        raise UserError(where, found, "name the right choice by number (from 0), letter or text")
+    return [f"{letter}. {text}" for letter, text in zip(letters, texts, strict=True)], place
 
 
 def _turn(turn: Mapping[str, Any]) -> dict[str, str]:
@@ -65,10 +75,23 @@ def _turn(turn: Mapping[str, Any]) -> dict[str, str]:
 
 def ids_of(turns: Turns, tokenizer: Any, max_length: int) -> list[int]:
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        text = _templated(turns, tokenizer)
         return tokenizer(text, add_special_tokens=False).input_ids[:max_length]
     text = "\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
     return [*tokenizer(text).input_ids, tokenizer.eos_token_id][:max_length]
+
+
+def _templated(turns: Turns, tokenizer: Any) -> str:
+    """With the chat template; where that has no system turn (Gemma), its text goes in front of the first question."""
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False)
+    except TemplateError:
+        if len(turns) < 2 or turns[0]["role"] != "system":
+            raise
+    first = {**turns[1], "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
+    return tokenizer.apply_chat_template([first, *turns[2:]], tokenize=False)
 
 
 def open_set(name: str, folder: Path | None) -> Dataset:

@@ -139,7 +139,8 @@ def kl_recovery(
     degraded, recovered: of the same samples in order, (KL summed over its tokens, their number). Samples are drawn with
     replacement, not tokens, which depend on each other.
     """
-    sums_S2 = np.array([[one[0], other[0]] for one, other in zip(degraded, recovered, strict=True)])
+    both = zip(degraded, recovered, strict=True)
+    sums_S2 = np.array([[before, after] for (before, tokens), (after, _) in both if tokens])
     count = len(sums_S2)
     drawn_DS = np.random.default_rng([seed, count]).multinomial(count, np.full(count, 1 / count), size=draws)
     before_D, after_D = (drawn_DS @ sums_S2).T

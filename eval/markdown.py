@@ -65,7 +65,7 @@ def _effort(evidence: Evidence, summary: Mapping[str, Any]) -> str:
         ["tokens that carried loss, all epochs, and calibration", f"{summary['tokens']:,}"],
         ["tokens generated", f"{summary['tokens_generated']:,}"],
         ["trainable parameters", f"{summary['trainable_parameters']:,}"],
-        ["adapted modules", f"{details['adapted_modules']:,}"],
+        ["parameters by name" if _is_whole(evidence) else "adapted modules", f"{details['adapted_modules']:,}"],
         *([f"seconds, {stage}", f"{spent:,.1f}"] for stage, spent in summary["seconds"].items()),
     ]
     return "## What it took\n\n" + "\n".join(["| | |", "|---|---:|", *(f"| {a} | {b} |" for a, b in rows)])
@@ -88,7 +88,16 @@ def _corpus(evidence: Evidence) -> str:
             ]
         )
     header = ("split", "samples", "tokens", "length", "ended", "distinct 2-grams", "repeated 4-grams")
-    return "## Synthetic corpus\n\n" + markdown_table(header, rows)
+    labelled = evidence.adapter["inputs"].get("labelled")
+    note = (
+        "" if labelled is None else f"\n\nLearned from was labelled text, `{labelled['path']}`, not its training split."
+    )
+    return "## Synthetic corpus\n\n" + markdown_table(header, rows) + note
+
+
+def _is_whole(evidence: Evidence) -> bool:
+    """Whether all parameters learned."""
+    return evidence.adapter["job"].get("train", {}).get("parameters") == "all"
 
 
 def _damage(evidence: Evidence) -> str:
@@ -117,6 +126,15 @@ def _value(value: Any) -> str:
 
 
 def _use(job: ReportJob, evidence: Evidence) -> str:
+    if _is_whole(evidence):
+        return f"""\
+## Use the model
+
+```python
+from transformers import AutoModelForCausalLM
+
+recovered = AutoModelForCausalLM.from_pretrained("{job.adapter.path}")
+```"""
     base, more = evidence.adapter["inputs"]["degraded"]["path"], ""
     if is_gguf(base):
         folder, file = base.rpartition("/")[::2]

@@ -28,7 +28,7 @@ OWN_STAGES = ("repair", "cache", "train")
 
 def result_of(summary: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of one finished point, from its summary.json. Accuracies are means over the benchmarks whose gap is
-    measurable, or over the paper's where none is."""
+    measurable; null where none is."""
     measurable = summary["ar_percent_measurable"]
     tasks = measurable["tasks"]
     recovered = measurable if tasks else summary["ar_percent"]
@@ -38,6 +38,7 @@ def result_of(summary: Mapping[str, Any]) -> dict[str, Any]:
         accuracy = None
     return {
         "kl": summary["kl"],
+        "closed_form": (summary["closed_form"] or {}).get("recovery"),
         "top1": summary["top1"],
         "tasks": tasks,
         "accuracy": accuracy,

@@ -99,15 +99,15 @@ def scored(questions: Sequence[Question]) -> Scored:
     return Scored(*(torch.tensor(values) for values in (places, states, ids, requests)))
 
 
-def batch_of(questions: Sequence[Question]) -> Batch:
-    """The questions one behind the other, on the CPU."""
+def batch_of(questions: Sequence[Question], wanted: Scored) -> Batch:
+    """The questions one behind the other, on the CPU. wanted: `scored` of them."""
     ids = [[*question.ids, *(token for _, branch in question.branches for token in branch)] for question in questions]
     return Batch(
         rows=(),
         ids_T=torch.tensor([token for row in ids for token in row]),
         positions_T=torch.tensor([place for question in questions for place in question.places]),
         bounds=(0, *np.cumsum([len(row) for row in ids]).tolist()),
-        loss_N=scored(questions).places_N,
+        loss_N=wanted.places_N,
         next_N=torch.zeros(0, dtype=torch.long),
     )
 
@@ -167,7 +167,8 @@ class ChoiceScorer(TemplateLM):
     @torch.inference_mode()
     def _score(self, questions: list[Question]) -> dict[int, tuple[float, bool]]:
         device = self.model.device
-        wanted, batch = scored(questions), batch_of(questions).to(device)
+        wanted = scored(questions)
+        batch = batch_of(questions, wanted).to(device)
         trees = tuple(question.tree(device) for question in questions)
         hidden_NH = final_hidden(self.model, batch, trees)[batch.loss_N]
         chosen_M, greedy_M = torch.empty(len(wanted.ids_M)), torch.empty(len(wanted.ids_M), dtype=torch.bool)

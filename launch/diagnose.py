@@ -14,7 +14,7 @@ from recovery.errors import UserError
 from recovery.files import write_atomic, write_json
 from recovery.progress import progress
 from recovery.sources import is_gguf
-from recovery.weights import Checkpoint
+from recovery.weights import checkpoints
 
 if TYPE_CHECKING:
     from recovery.allocation import Spectrum
@@ -39,7 +39,7 @@ def diagnose(reference: Path, degraded: Path, folder: Path | None, text_tokens: 
         if not path.is_dir() and not (is_gguf(str(path)) and path.is_file()):
             remedy = "give folders with safetensors, or GGUF files; download a hub model first"
             raise UserError(str(path), "no such folder", remedy)
-    count = len(Checkpoint(reference).names)
+    count = len(checkpoints(reference, degraded)[0].names)
     bar = progress(count, "tensor", "diagnose")
     findings: list[Finding] = []
     for _, finding in examine(reference, degraded):

@@ -68,12 +68,18 @@ class Recipe(Config):
     def _adapters_or_all(self) -> Recipe:
         if self.train.parameters == "all" and (self.adapter.init != "zero" or not self.train.epochs):
             raise ValueError("train.parameters all has no adapters: leave out adapter.init, and give train.epochs")
+        if self.train.parameters == "all" and self.teacher.kind == "sparse_logits":
+            raise ValueError(
+                "train.parameters all learns the head too, for which teacher.kind sparse_logits is not made"
+            )
         return self
 
     @model_validator(mode="after")
     def _text_of_ones_own(self) -> Recipe:
         if self.labelled is not None and not isinstance(self.teacher, OnlineTeacher):
             raise ValueError("labelled text has no cached teacher: set teacher.kind online")
+        if self.labelled is not None and not self.train.epochs:
+            raise ValueError("labelled text is for training: give train.epochs, or leave it out")
         return self
 
     @model_validator(mode="after")

@@ -147,7 +147,8 @@ def check_models(recipe: Recipe, names: Names) -> None:
     student = names.degraded or names.reference
     model = faults.attempt(lambda: skeleton(student.path, student.revision))
     if model is not None:
-        faults.attempt(lambda: check_adapter(model, recipe.adapter))
+        if recipe.train.parameters == "adapters":
+            faults.attempt(lambda: check_adapter(model, recipe.adapter))
         if recipe.adapter.init != "zero" and names.degraded is not None:
             reference = names.reference
             other = faults.attempt(lambda: skeleton(reference.path, reference.revision))

@@ -25,7 +25,7 @@ from launch.cluster import Cluster
 from launch.execution import Plan
 from launch.pipeline import command_of, job_file_of
 from launch.recipe import Recipe, check_config, load_config, read_yaml, set_field
-from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, UserError, UserErrors
+from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, Unavailable, UserError, UserErrors
 from recovery.files import HashMemory, read_json, write_json
 from recovery.settings import Config
 
@@ -197,13 +197,14 @@ def run_study(
             break
         log.info("point %d of %d: %s", number, len(wanted), point.name)
         plan = plans[point.name]
+        before = {path: path.stat().st_size for path in _logs(plan) if path.exists()}
         code = _run_point(plan, memory, parent)
         set_up_logging("study", folder / "study.log")  # which the point had for itself
         if code == EXIT_INTERRUPTED:
             return code
         failures.pop(point.name, None)
         if code != EXIT_DONE:
-            failures[point.name] = _why(plan)
+            failures[point.name] = _why(plan, before, code)
         write_json(folder / FAILURES, failures)
         write_report(study, points, plans, failures, folder)
     if forecast:
@@ -231,9 +232,10 @@ def point_commands(points: Sequence[Point], cluster: Cluster, runs_dir: Path) ->
 def _run_point(plan: Plan, memory: HashMemory, parent: str | None) -> int:
     try:
         return plan.run(memory, parent)
-    except UserError as error:  # of this point alone: a damaged artifact, a module that is not there
+    except (UserError, Unavailable) as error:  # of this point alone: a module that is not there, servers that died
         _note(plan).parent.mkdir(parents=True, exist_ok=True)
-        _note(plan).write_text(f"error: {error}\n")
+        with _note(plan).open("a") as file:
+            file.write(f"error: {error}\n")
         log.error("%s", error)
         return EXIT_FAILED
 
@@ -242,12 +244,15 @@ def _note(plan: Plan) -> Path:
     return plan.run_folder / "logs" / "point.log"
 
 
-def _why(plan: Plan) -> str:
-    """The last error in the logs of the stage that failed."""
-    logs = [_note(plan), *(stage.job.runtime.log for stage in plan.stages if stage.job.runtime.log is not None)]
-    there = sorted((path for path in logs if path.exists()), key=lambda path: path.stat().st_mtime)
-    for path in reversed(there):
-        lines = [line for line in path.read_text().splitlines() if "error: " in line]
+def _logs(plan: Plan) -> list[Path]:
+    return [_note(plan), *(stage.job.runtime.log for stage in plan.stages if stage.job.runtime.log is not None)]
+
+
+def _why(plan: Plan, before: Mapping[Path, int], code: int) -> str:
+    """The last error that was logged by this attempt. before: how long each log was."""
+    for path in reversed([path for path in _logs(plan) if path.exists()]):
+        new = path.read_bytes()[before.get(path, 0) :].decode(errors="replace")
+        lines = [line for line in new.splitlines() if "error: " in line]
         if lines:
             return f"{path.stem}: {lines[-1].partition('error: ')[2]}"
-    return "see its logs"
+    return f"a stage ended with {code} and said nothing; see {plan.run_folder / 'logs'}"

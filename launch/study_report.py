@@ -10,6 +10,7 @@ from typing import Any
 from eval.matrix import markdown, plot_recoveries, result_of
 from launch.execution import Plan
 from launch.study import Point, Study
+from recovery.errors import UserError
 from recovery.files import read_json, write_atomic, write_json
 
 log = logging.getLogger("recover-lora")
@@ -47,14 +48,14 @@ def write_report(
 def agreement(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """How often the forecasts came true."""
     both = [
-        (row["predicted"], row["result"]["kl"]["recovery"])
+        (row["predicted"], row["result"]["closed_form"])
         for row in rows
         if row["predicted"] is not None and row["result"] is not None
     ]
     if not both:
         return []
     right = sum(abs(predicted - realised) <= CLOSE for predicted, realised in both)
-    return [f"Predicted recovery within {CLOSE} of the realised one: {right} of {len(both)} points.", ""]
+    return [f"Predicted recovery within {CLOSE} of the closed form's, before any training: {right} of {len(both)}.", ""]
 
 
 def is_forecast(plan: Plan) -> bool:
@@ -93,11 +94,16 @@ def make_forecasts(plans: Sequence[Plan], folder: Path) -> None:
     known = known_forecasts(folder)
     wanted: dict[str, list[Plan]] = {}
     for plan in plans:
-        if is_forecast(plan) and forecast_key(plan) not in known and Path(degraded_of(plan)).is_dir():
+        if is_forecast(plan) and forecast_key(plan) not in known and Path(degraded_of(plan)).exists():
             wanted.setdefault(degraded_of(plan), []).append(plan)
     for degraded, group in wanted.items():
         log.info("forecast for %s", degraded)
-        costs, spectra = weigh_on_text(Path(group[0].names.reference.path), Path(degraded), FORECAST_TOKENS, checked=0)
+        reference = Path(group[0].names.reference.path)
+        try:
+            costs, spectra = weigh_on_text(reference, Path(degraded), FORECAST_TOKENS, checked=0)
+        except UserError as error:
+            log.warning("no forecast: %s", error)
+            continue
         model = load_model(ModelInput(path=degraded, digest=""), None, placed=False)
         for plan in group:
             ranks = dict.fromkeys(check_adapter(model, plan.recipe.adapter), plan.recipe.adapter.rank)

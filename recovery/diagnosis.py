@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from recovery.weights import Checkpoint
+from recovery.weights import Checkpoint, checkpoints
 
 Structural = Literal[
     "missing",
@@ -58,7 +58,7 @@ class Finding:
 
 def examine(reference: Path, degraded: Path) -> Iterator[tuple[str, Finding | None]]:
     """(tensor, what is wrong with it or None) for each of the reference's tensors, in their order by name."""
-    theirs, own = Checkpoint(reference), Checkpoint(degraded)
+    theirs, own = checkpoints(reference, degraded)
     names = theirs.names
     known = Known(theirs)
     for name in names:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -136,23 +136,29 @@ class Engine:
         return final_hidden(self._student.adapted, batch)
 
     def weights(self) -> dict[str, Tensor]:
-        """Whole float32 master weights by parameter name, on the CPU. Every rank must call it."""
+        """Whole float32 master weights by parameter name, on the CPU of the first rank. Every rank must call it."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return {
-            name: _whole(safe_get_full_fp32_param(parameter), name)
-            for name, parameter in adapter_parameters(self._student).items()
-        }
+        return self._gathered(safe_get_full_fp32_param)
 
     def state(self) -> dict[str, Tensor]:
-        """Master weights and Adam moments, whole, as `<kind>/<parameter>`. Every rank must call it."""
+        """Whole master weights and Adam moments as `<kind>/<parameter>`, on the first rank. Every rank must call it."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         state = {f"weight/{name}": tensor for name, tensor in self.weights().items()}
-        for name, parameter in adapter_parameters(self._student).items():
-            for kind in MOMENTS:
-                state[f"{kind}/{name}"] = _whole(safe_get_full_optimizer_state(parameter, kind), name)
+        for kind in MOMENTS:
+            found = self._gathered(lambda parameter, kind=kind: safe_get_full_optimizer_state(parameter, kind))
+            state |= {f"{kind}/{name}": tensor for name, tensor in found.items()}
         return state
+
+    def _gathered(self, whole: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
+        """whole: gathers one parameter's tensor from all ranks; only the first keeps it."""
+        kept = {}
+        for name, parameter in adapter_parameters(self._student).items():
+            tensor = _whole(whole(parameter), name)
+            if torch.distributed.get_rank() == 0:
+                kept[name] = tensor.detach().float().cpu().clone().contiguous()
+        return kept
 
     def restore(self, state: dict[str, Tensor], step: int, batch: Batch, targets: Targets) -> None:
         """Continue from `state` after `step` steps.
@@ -179,4 +185,4 @@ class Engine:
 
 def _whole(tensor: Tensor | None, name: str) -> Tensor:
     assert tensor is not None, f"DeepSpeed holds no state for {name}"
-    return tensor.detach().float().cpu().clone().contiguous()
+    return tensor

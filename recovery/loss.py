@@ -190,7 +190,8 @@ def distill_trainable(
     gradient costs a product more, and the repeated forward two. logits_of: states (T, H) to logits (T, V or more), of
     which `width` are in use.
     """
-    total = torch.zeros((), dtype=torch.float32, device=hidden_NH.device)
+    # Of a batch without loss too, so that every rank has a gradient.
+    total = 0.0 * hidden_NH.sum(dtype=torch.float32)
 
     def one(hidden_TH: Tensor, targets: Targets, next_T: Tensor | None) -> Tensor:
         logits_TV = logits_of(hidden_TH)[:, :width]

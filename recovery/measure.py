@@ -46,8 +46,9 @@ class Tally:
 
     def add(self, batch: Batch, found_N4: Tensor) -> None:
         """found_N4: what recovery.loss.compare gives for the places of the batch that carry loss."""
-        owners_N = batch.owners_N
-        sums_S4 = found_N4.new_zeros(len(batch.rows), 4).index_add_(0, owners_N, found_N4).cpu()
+        # On the CPU, where equal runs add in the same order.
+        owners_N, found_N4 = batch.owners_N.cpu(), found_N4.cpu()
+        sums_S4 = found_N4.new_zeros(len(batch.rows), 4).index_add_(0, owners_N, found_N4)
         counts = torch.bincount(owners_N, minlength=len(batch.rows)).tolist()
         for row, sums, count in zip(batch.rows, sums_S4, counts, strict=True):
             self._sums[row], self._counts[row] = sums, count

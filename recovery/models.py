@@ -23,7 +23,7 @@ from recovery.environment import return_memory
 from recovery.errors import UserError
 from recovery.gated import use_gated_products
 from recovery.head import Head
-from recovery.sources import is_gguf, pretrained
+from recovery.sources import check_packing, pretrained, unpacking
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -78,22 +78,24 @@ def load_model(given: ModelInput, dtype: Dtype | None, *, placed: bool = True) -
     try:
         place, arguments = pretrained(given.path, given.revision)
         config = AutoConfig.from_pretrained(place, **arguments)
+        packing = check_packing(given.path, config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,
             **arguments,
-            **unpacking(config, given.path),
+            **unpacking(packing, placed=placed),
             dtype="auto" if dtype is None else TORCH_DTYPES[dtype],
             attn_implementation=attention_kind(config),
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(
             given.path, f"the model cannot be loaded ({first})", "give a complete safetensors or GGUF model"
         ) from error
     model, loading = loaded
-    model = unpacked(model, given.path)
+    if packing:
+        model = unpacked(model, given.path)
     model = model if dtype is None else model.to(TORCH_DTYPES[dtype])
     absent = sorted([*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])])
     if absent:
@@ -108,42 +110,20 @@ def load_model(given: ModelInput, dtype: Dtype | None, *, placed: bool = True) -
     return model
 
 
-def unpacking(config: Any, path: str) -> dict[str, Any]:
-    """The arguments with which transformers unpacks a quantized checkpoint while it loads it, where it can."""
-    from transformers.utils.quantization_config import (
-        CompressedTensorsConfig,
-        FineGrainedFP8Config,
-        GgufConfig,
-        Mxfp4Config,
-    )
-
-    if is_gguf(path):
-        return {"quantization_config": GgufConfig(dequantize=True)}
-    packing = getattr(config, "quantization_config", None) or {}
-    match packing.get("quant_method"):
-        case "fp8":
-            block: Any = packing.get("weight_block_size")
-            return {"quantization_config": FineGrainedFP8Config(dequantize=True, weight_block_size=block)}
-        case "mxfp4":
-            return {"quantization_config": Mxfp4Config(dequantize=True)}
-        case "compressed-tensors":
-            return {"quantization_config": CompressedTensorsConfig(run_compressed=False)}
-        case _:
-            return {}
-
-
 def unpacked(model: Any, path: str) -> Any:
     """The model with plain weights, where loading has left it packed (bitsandbytes).
 
     Raises UserError where transformers cannot unpack this format.
     """
-    if getattr(model, "hf_quantizer", None) is None:
-        return model
-    try:
-        return model.dequantize()
-    except (NotImplementedError, ValueError, AttributeError, TypeError) as error:
-        found = f"its quantization cannot be unpacked ({str(error).strip().splitlines()[0]})"
-        raise UserError(path, found, "give the weights dequantized, as safetensors") from error
+    if getattr(model, "hf_quantizer", None) is not None:
+        try:
+            model = model.dequantize()
+        except (NotImplementedError, ValueError, AttributeError, TypeError) as error:
+            found = f"its quantization cannot be unpacked ({str(error).strip().splitlines()[0]})"
+            raise UserError(path, found, "give the weights dequantized, as safetensors") from error
+    # transformers would pack the weights again when they are saved, without saying so in the config.
+    model._weight_conversions = None
+    return model
 
 
 def share_equal(model: Any, other: Any) -> int:

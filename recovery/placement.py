@@ -8,7 +8,7 @@ from typing import Any
 from recovery.config import Adapter, Placement
 from recovery.damage_config import ALL
 from recovery.errors import UserError
-from recovery.sources import pretrained
+from recovery.sources import check_packing, pretrained
 
 KEYS_VALUES = frozenset({"k_proj", "v_proj", "kv_a_proj_with_mqa", "kv_b_proj", "qkv_proj"})
 """Apart, through a latent (DeepSeek's MLA), or in one matrix with the queries (Phi-3)."""
@@ -87,6 +87,7 @@ def skeleton(path: str, revision: str | None) -> Any:
     try:
         place, arguments = pretrained(path, revision)
         config = AutoConfig.from_pretrained(place, **arguments)
+        check_packing(path, config)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:

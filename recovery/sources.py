@@ -1,11 +1,18 @@
-"""Where a model is read from: a folder or hub id of safetensors, or a GGUF file. Imports no torch."""
+"""Where a model is read from: a folder or hub id of safetensors, or a GGUF file; how a quantized one is unpacked."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from recovery.errors import UserError
+
 GGUF = ".gguf"
+PACKAGES = {"gguf": "gguf", "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors"}
+"""What unpacks a format, beside transformers itself."""
+FORMATS = ("fp8", "mxfp4", *PACKAGES)
 
 
 def is_gguf(path: str) -> bool:
@@ -18,3 +25,66 @@ def pretrained(path: str, revision: str | None = None) -> tuple[str, dict[str, A
         file = Path(path)
         return str(file.parent), {"gguf_file": file.name}
     return path, {"revision": revision}
+
+
+def check_packing(path: str, config: Any) -> Mapping[str, Any]:
+    """How the weights are quantized (`quant_method` and what belongs to it); empty for plain ones.
+
+    Raises UserError for a format that is not unpacked here, or where its package is missing.
+    """
+    given: Any = {"quant_method": "gguf"} if is_gguf(path) else getattr(config, "quantization_config", None) or {}
+    packing: Mapping[str, Any] = given if isinstance(given, Mapping) else given.to_dict()
+    if not packing:
+        return {}
+    method = str(packing.get("quant_method"))
+    if method not in FORMATS:
+        known = ", ".join(FORMATS)
+        raise UserError(path, f"quantized with {method}", f"give its weights dequantized; unpacked here are {known}")
+    package = PACKAGES.get(method)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise UserError(path, f"quantized with {method}, whose package is missing", f"pip install {method}")
+    if method == "fp8" and packing.get("weight_block_size") and Path(path).is_dir():
+        _check_blocks(Path(path), tuple(packing["weight_block_size"]))
+    return packing
+
+
+def _check_blocks(folder: Path, block: tuple[int, ...]) -> None:
+    """transformers takes the blocks of an FP8 matrix for equal parts of it: wrong where the last one is smaller."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                if not name.endswith("_scale_inv"):
+                    continue
+                matrix = name.removesuffix("_scale_inv")
+                shape = file.get_slice(matrix).get_shape() if matrix in file.keys() else ()  # noqa: SIM118
+                if any(size % side for size, side in zip(shape[-2:], block, strict=False)):
+                    found = f"its FP8 matrix {matrix} is {tuple(shape)}, no multiple of its blocks of {block}"
+                    raise UserError(str(folder), found, "give its weights dequantized: transformers misreads such ones")
+
+
+def unpacking(packing: Mapping[str, Any], *, placed: bool) -> dict[str, Any]:
+    """The arguments with which transformers unpacks such a checkpoint while it loads it, where it can."""
+    match packing.get("quant_method"):
+        case "gguf":
+            from transformers import GgufConfig
+
+            return {"quantization_config": GgufConfig(dequantize=True)}
+        case "fp8":
+            from transformers import FineGrainedFP8Config
+
+            block: Any = packing.get("weight_block_size")
+            return {"quantization_config": FineGrainedFP8Config(dequantize=True, weight_block_size=block)}
+        case "mxfp4":
+            from transformers.utils.quantization_config import Mxfp4Config
+
+            return {"quantization_config": Mxfp4Config(dequantize=True)}
+        case "compressed-tensors":
+            from transformers import CompressedTensorsConfig
+
+            return {"quantization_config": CompressedTensorsConfig(run_compressed=False)}
+        case "bitsandbytes" if not placed:
+            return {"device_map": {"": "cpu"}}  # it would take a GPU by itself
+        case _:
+            return {}

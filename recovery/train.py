@@ -126,6 +126,10 @@ def set_up(job: TrainJob, folder: Path, rank: int, ranks: int, tracker: Tracker)
     if job.train.compile:
         compile_layers(adapted)
     student = Student(adapted, width)
+    if student.trainable_head and ranks > 1 and job.deepspeed.get("zero_optimization", {}).get("stage") == 3:
+        # Ranks would gather the head as often as they have chunks of tokens, which differ.
+        found = f"ZeRO-3 on {ranks} ranks, with a head that learns"
+        raise UserError("train.deepspeed", found, "use zero1 or zero2, or leave the head alone")
     teacher, measuring = teachers(job, reference, width, tokens, texts, head_of(adapted, width))
     held_out = {
         name: HeldOut(text, measuring[name], device(), job.train.micro_batch_tokens, keep=job.cache is None)

@@ -18,14 +18,16 @@ BUFFERS = ("inv_freq", "masked_bias", "attn.bias")
 
 
 class Checkpoint:
-    """The tensors of a folder of safetensors, by name, read when they are asked for; those of a quantized folder or a
-    GGUF file unpacked, all at once."""
+    """The tensors of a folder of safetensors, by name, read when they are asked for.
 
-    def __init__(self, path: Path) -> None:
+    loaded: as transformers loads and names them, all at once; for quantized folders and GGUF files.
+    """
+
+    def __init__(self, path: Path, *, loaded: bool = False) -> None:
         self._files: dict[str, Path] = {}
         self._unpacked: Mapping[str, Tensor] = {}
-        if is_packed(path):
-            self._unpacked = unpacked_weights(path)
+        if loaded:
+            self._unpacked = loaded_weights(path)
             return
         for file in weight_files(path):
             try:
@@ -62,11 +64,23 @@ def is_packed(path: Path) -> bool:
     return is_gguf(str(path)) or (config.is_file() and "quantization_config" in read_json(config))
 
 
-def unpacked_weights(path: Path) -> dict[str, Tensor]:
+def checkpoints(*paths: Path) -> tuple[Checkpoint, ...]:
+    """Of models that are compared: where one is quantized all are loaded, as files may name tensors otherwise."""
+    loaded = any(map(is_packed, paths))
+    return tuple(Checkpoint(path, loaded=loaded) for path in paths)
+
+
+def loaded_weights(path: Path) -> dict[str, Tensor]:
     from recovery.models import load_model
 
     model = load_model(ModelInput(path=str(path), digest=""), None, placed=False)
-    return dict(model.named_parameters())
+    weights: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:  # a tied one has two names
+            weights[name] = tensor.detach()
+        seen.add(id(tensor))
+    return weights
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -133,6 +133,11 @@ def test_rows_are_known_by_their_columns():
     chosen = turns_of({"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}, "x")
     assert [turn["content"] for turn in chosen] == ["2 + 2?\nA. 3\nB. 4", "B. 4"]
     assert turns_of({"question": "q", "choices": ["3", "4"], "answer": "B"}, "x")[1]["content"] == "B. 4"
+    for answer in ("4", "B", 1):
+        made = turns_of({"question": "q", "choices": {"text": ["3", "4"], "label": ["A", "B"]}, "answer": answer}, "x")
+        assert made[1]["content"] == "B. 4"
+    with pytest.raises(UserError, match="name the right choice by number"):
+        turns_of({"question": "q", "choices": ["3", "4"], "answer": ""}, "x")
     with pytest.raises(UserError, match="a row with text"):
         turns_of({"text": "no answer"}, "labelled.sets (a)")
 
@@ -147,6 +152,13 @@ def test_a_chat_template_is_used_where_there_is_one(models: dict[str, Path]):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     assert ids_of(turns, tokenizer, 99) == tokenizer("red blue ", add_special_tokens=False).input_ids
     assert ids_of(turns, tokenizer, 2) == ids_of(turns, tokenizer, 99)[:2]
+    system = [{"role": "system", "content": "be kind"}]
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    )
+    merged = tokenizer("be kind\n\nred blue ", add_special_tokens=False).input_ids
+    assert ids_of(system + turns, tokenizer, 99) == merged
 
 
 def test_what_does_not_go_together_is_refused(models: dict[str, Path], data: Path, tmp_path: Path):
@@ -154,5 +166,11 @@ def test_what_does_not_go_together_is_refused(models: dict[str, Path], data: Pat
         tiny_recipe(models["llama"], data, train=WHOLE, adapter={"init": "closed_form"})
     with pytest.raises(ValueError, match="no cached teacher"):
         tiny_recipe(models["llama"], data, labelled={"sets": ["a/b"]}, teacher={"kind": "hidden_states"})
+    with pytest.raises(ValueError, match="learns the head too"):
+        tiny_recipe(models["llama"], data, train=WHOLE, teacher={"kind": "sparse_logits"})
+    with pytest.raises(ValueError, match="labelled text is for training"):
+        tiny_recipe(
+            models["llama"], data, labelled={"sets": ["a/b"]}, adapter={"init": "closed_form"}, train={"epochs": 0}
+        )
     with pytest.raises(UserError, match="no data-"):
         job_of(tiny_recipe(models["llama"], data, labelled={"sets": [str(tmp_path)]}), tmp_path, "train")

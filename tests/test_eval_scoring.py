@@ -131,7 +131,8 @@ def test_every_choice_token_is_predicted_by_the_state_before_it(drawn: list[tupl
         ]
         questions.append(Question(tuple(range(-length, 0)), choices))
         number += len(sizes)
-    batch, found = batch_of(questions), scored(questions)
+    found = scored(questions)
+    batch = batch_of(questions, found)
     assert batch.bounds[-1] == len(batch.ids_T) == len(batch.positions_T) == sum(q.tokens for q in questions)
     assert found.places_N.tolist() == sorted(set(found.places_N.tolist()))
     before = batch.ids_T[batch.loss_N[found.states_M]]

@@ -179,6 +179,14 @@ def test_equal_models_have_zero_kl_and_zero_gradient():
     assert float(hidden.grad.abs().max()) < 1e-6
 
 
+def test_no_tokens_give_a_learning_head_a_gradient_too():
+    linear, hidden = torch.nn.Linear(4, 9), torch.randn(0, 4).requires_grad_()
+    total = distill_trainable(hidden, linear, DenseTargets(torch.randn(0, 4), head_of(4, 9)), 9)
+    total.backward()
+    assert float(total) == 0
+    assert hidden.grad is not None
+
+
 def test_no_tokens_give_zero_and_a_gradient_of_zero():
     hidden = torch.randn(0, 4).requires_grad_()
     total = forward_kl(hidden, head_of(4, 9), torch.randn(0, 4), head_of(4, 9))

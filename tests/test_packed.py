@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from eval.config import Evaluate
 from launch.diagnose import diagnose
 from launch.models import resolve_model
 from recovery.adapters import load_adapter
@@ -22,7 +24,7 @@ from recovery.models import load_model
 from recovery.vocabulary import load_vocabulary, used_width
 from tests.conftest import make_model
 from tests.packed import write_fp8, write_gguf, write_nf4
-from tests.pipeline import make_benchmarks, run_in_process, tiny_recipe
+from tests.pipeline import job_of, make_benchmarks, run_in_process, tiny_recipe
 
 KINDS = ("fp8", "nf4", "gguf")
 
@@ -141,3 +143,53 @@ def test_a_gguf_file_is_known_by_its_content(packed: dict[str, tuple[Path, dict[
     (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:900])
     with pytest.raises(UserError, match="tokens cannot be read"):
         load_vocabulary(str(tmp_path / "cut.gguf"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_saved_again_is_not_packed_again(
+    packed: dict[str, tuple[Path, dict[str, Tensor]]], tmp_path: Path, kind: str
+):
+    model = load(packed[kind][0])
+    model.save_pretrained(tmp_path / "saved")
+    again = dict(load(tmp_path / "saved").named_parameters())
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    for name, weight in model.named_parameters():
+        assert torch.equal(again[name], weight), name
+
+
+def test_all_parameters_of_a_packed_model_learn(
+    reference: Path, packed: dict[str, tuple[Path, dict[str, Tensor]]], tmp_path: Path
+):
+    recipe = tiny_recipe(
+        reference,
+        tmp_path,
+        models={"degraded": str(packed["fp8"][0])},
+        degrade=None,
+        train={"parameters": "all", "epochs": 2, "learning_rate": 5e-4},
+    ).model_copy(update={"evaluate": Evaluate(suite="none")})
+    folders = run_in_process(recipe, tmp_path / "runs")
+    kl = json.loads((folders["report"] / "summary.json").read_text())["kl"]
+    assert kl["recovered"] < kl["degraded"]
+    assert "## Use the model" in (folders["report"] / "report.md").read_text()
+
+
+def test_experts_of_a_packed_model_are_found(models: dict[str, Path], tmp_path: Path):
+    write_fp8(models["mixtral"], tmp_path / "fp8")
+    text = diagnose(models["mixtral"], tmp_path / "fp8", None, 0)
+    assert "missing" not in text
+    assert "Information was lost: recover it with adapters." in text
+
+
+def test_what_cannot_be_unpacked_is_refused_at_once(models: dict[str, Path], reference: Path, tmp_path: Path):
+    write_fp8(models["deepseek_v3"], tmp_path / "fp8")  # whose latents are 40 wide
+    recipe = tiny_recipe(models["deepseek_v3"], tmp_path, models={"degraded": str(tmp_path / "fp8")}, degrade=None)
+    recipe = recipe.model_copy(update={"evaluate": Evaluate(suite="none")})
+    with pytest.raises(UserError, match="no multiple of its blocks"):
+        job_of(recipe, tmp_path, "train")
+    shutil.copytree(reference, tmp_path / "gptq")
+    config = json.loads((reference / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    (tmp_path / "gptq" / "config.json").write_text(json.dumps(config))
+    recipe = tiny_recipe(reference, tmp_path, models={"degraded": str(tmp_path / "gptq")}, degrade=None)
+    recipe = recipe.model_copy(update={"evaluate": Evaluate(suite="none")})
+    with pytest.raises(UserError, match="quantized with gptq; give its weights dequantized"):
+        job_of(recipe, tmp_path, "train")

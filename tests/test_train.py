@@ -224,10 +224,13 @@ def test_training_that_never_helps_delivers_nothing(prepared: tuple[Path, Path, 
     assert not list((tmp_path / "runs" / "artifacts").glob("train-*"))
 
 
-@pytest.mark.parametrize("zero", ["zero1", "zero3"])
-def test_two_ranks_take_the_same_steps_as_one(prepared: tuple[Path, Path, Path], tmp_path: Path, zero: str):
+@pytest.mark.parametrize(("zero", "learns"), [("zero1", "adapters"), ("zero3", "adapters"), ("zero2", "all")])
+def test_two_ranks_take_the_same_steps_as_one(
+    prepared: tuple[Path, Path, Path], tmp_path: Path, zero: str, learns: str
+):
     """Through torchrun; an odd number of micro-batches leaves one rank without one now and then."""
     settings: dict[str, Any] = {"epochs": 1, "batch_tokens": 320, "micro_batch_tokens": 100, "deepspeed": zero}
+    settings |= {"parameters": learns, "learning_rate": 1e-2 if learns == "adapters" else 1e-3}
     alone = train_with(prepared, tmp_path / "a", None, **settings)
     model, data, source = prepared
     shutil.copytree(source, tmp_path / "b")
