@@ -26,7 +26,7 @@ from recovery.corpus import SUMMARY, TOKENIZER, Sample, Split, Tokens, shards_of
 from recovery.corpus_statistics import describe_split
 from recovery.files import write_json
 from recovery.progress import progress
-from recovery.sources import pretrained
+from recovery.sources import load_tokenizer, pretrained
 from recovery.stage import run_stage
 from recovery.tracking import Tracker
 
@@ -39,10 +39,10 @@ PIECES = ".pieces"
 
 def load_sampling_vocabulary(model: ModelInput, bos_mode: BosMode) -> Vocabulary:
     """What sampling needs to know of the generating model, from its small files alone."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     place, arguments = pretrained(model.path, model.revision)
-    tokenizer: Any = AutoTokenizer.from_pretrained(place, **arguments)
+    tokenizer = load_tokenizer(model.path, model.revision)
     config = AutoConfig.from_pretrained(place, **arguments)
     try:
         generation = GenerationConfig.from_pretrained(place, revision=model.revision or "main")

@@ -23,7 +23,7 @@ from recovery.corpus_statistics import summarize
 from recovery.errors import UserError
 from recovery.files import write_json
 from recovery.progress import progress
-from recovery.sources import pretrained
+from recovery.sources import load_tokenizer
 from recovery.stage import run_stage
 
 if TYPE_CHECKING:
@@ -125,11 +125,8 @@ def rounds(sets: dict[str, Dataset], seed: int) -> Iterator[tuple[str, Mapping[s
 
 
 def produce(job: LabelledJob, workspace: Workspace) -> dict[str, Any]:
-    from transformers import AutoTokenizer
-
     settings = job.labelled
-    place, arguments = pretrained(job.tokenizer.path, job.tokenizer.revision)
-    tokenizer: Any = AutoTokenizer.from_pretrained(place, **arguments)
+    tokenizer = load_tokenizer(job.tokenizer.path, job.tokenizer.revision)
     given = {name: job.folders[name].path if name in job.folders else None for name in settings.sets}
     sets = {name: open_set(name, folder) for name, folder in given.items()}
     counts = dict.fromkeys(sets, 0)

@@ -17,7 +17,7 @@ from recovery.artifacts import Workspace
 from recovery.corpus import SUMMARY, Sample, write_shard
 from recovery.corpus_statistics import summarize
 from recovery.files import write_json
-from recovery.sources import pretrained
+from recovery.sources import load_tokenizer
 from recovery.stage import run_stage
 
 
@@ -39,10 +39,7 @@ def context_text(items: Items, position: int) -> str:
 
 
 def produce(job: ContextsJob, workspace: Workspace) -> dict[str, Any]:
-    from transformers import AutoTokenizer
-
-    place, arguments = pretrained(job.tokenizer.path, job.tokenizer.revision)
-    tokenizer: Any = AutoTokenizer.from_pretrained(place, **arguments)
+    tokenizer = load_tokenizer(job.tokenizer.path, job.tokenizer.revision)
     data_dir = job.data.path if job.data is not None else None
     rows: list[list[int]] = []
     counts: dict[str, int] = {}

@@ -21,7 +21,7 @@ from eval.tasks import Items, load_items
 from recovery.artifacts import Workspace
 from recovery.corpus import check_ids, read_split
 from recovery.files import read_json, write_json
-from recovery.sources import is_gguf, pretrained
+from recovery.sources import is_gguf, load_tokenizer
 from recovery.stage import run_stage
 
 log = logging.getLogger("recover-lora")
@@ -107,8 +107,6 @@ def measure_divergence(job: EvaluateJob, divergence: Divergence, model: Any) -> 
 
 
 def produce(job: EvaluateJob, workspace: Workspace) -> dict[str, Any]:
-    from transformers import AutoTokenizer
-
     from recovery.adapters import load_adapter
     from recovery.models import device, load_model
 
@@ -123,8 +121,7 @@ def produce(job: EvaluateJob, workspace: Workspace) -> dict[str, Any]:
         model = load_adapter(model, job.adapter.path)
     # A GGUF file has the reference's tokens, which was checked, but transformers may read its tokenizer otherwise.
     given = job.divergence.reference if job.divergence is not None and is_gguf(job.model.path) else job.model
-    place, arguments = pretrained(given.path, given.revision)
-    tokenizer: Any = AutoTokenizer.from_pretrained(place, **arguments)
+    tokenizer = load_tokenizer(given.path, given.revision)
     batch_tokens = job.batch_tokens or (CPU_BATCH_TOKENS if device().type == "cpu" else DEVICE_BATCH_TOKENS)
     folder = workspace.path / "items"
     folder.mkdir(exist_ok=True)

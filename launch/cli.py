@@ -285,14 +285,14 @@ def study(
     ] = False,
     dry_run: DryRun = False,
 ) -> None:
-    from launch.study import chosen, load_study, point_commands, run_study, states, status_table
+    from launch.study import chosen, load_study, plans_of, point_commands, run_study, states, status_table
 
     given, points = load_study(file)
     wanted, on = chosen(given, points, only), load_cluster(cluster)
     if status:
-        print(status_table(states(given, wanted, on, runs_dir)))
+        print(status_table(states(plans_of(wanted, on, runs_dir), runs_dir / given.name)))
     elif dry_run:
-        print(point_commands(wanted, on, runs_dir))
+        print(point_commands(plans_of(wanted, on, runs_dir)))
     else:
         raise typer.Exit(run_study(given, points, wanted, on, runs_dir, minutes, forecast=forecast))
 

@@ -39,10 +39,11 @@ def diagnose(reference: Path, degraded: Path, folder: Path | None, text_tokens: 
         if not path.is_dir() and not (is_gguf(str(path)) and path.is_file()):
             remedy = "give folders with safetensors, or GGUF files; download a hub model first"
             raise UserError(str(path), "no such folder", remedy)
-    count = len(checkpoints(reference, degraded)[0].names)
+    theirs, own = checkpoints(reference, degraded)
+    count = len(theirs.names)
     bar = progress(count, "tensor", "diagnose")
     findings: list[Finding] = []
-    for _, finding in examine(reference, degraded):
+    for _, finding in examine(theirs, own):
         bar.update()
         if finding is not None:
             findings.append(finding)

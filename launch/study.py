@@ -143,16 +143,21 @@ class State:
         return f"{self.done} of {self.stages} stages"
 
 
-def states(study: Study, points: Sequence[Point], cluster: Cluster, runs_dir: Path) -> dict[str, State]:
-    """Of every point, by name; finished artifacts are counted, not verified."""
+def plans_of(points: Sequence[Point], cluster: Cluster, runs_dir: Path) -> dict[str, Plan]:
+    """By the points' names."""
     memory = HashMemory(runs_dir / ".hashes.json")
-    failures = _failures(runs_dir / study.name)
-    found = {}
-    for point in points:
-        plan = Plan.of(point.recipe, cluster, runs_dir, memory)
-        done = sum(stage.job.runtime.output.exists() for stage in plan.stages)
-        found[point.name] = State(done, len(plan.stages), failures.get(point.name))
-    return found
+    return {point.name: Plan.of(point.recipe, cluster, runs_dir, memory) for point in points}
+
+
+def states(plans: Mapping[str, Plan], folder: Path) -> dict[str, State]:
+    """Of every point, by name; finished artifacts are counted, not verified. folder: the study's."""
+    failures = _failures(folder)
+    return {
+        name: State(
+            sum(stage.job.runtime.output.exists() for stage in plan.stages), len(plan.stages), failures.get(name)
+        )
+        for name, plan in plans.items()
+    }
 
 
 def _failures(folder: Path) -> dict[str, str]:
@@ -188,7 +193,7 @@ def run_study(
     folder = runs_dir / study.name
     set_up_logging("study", folder / "study.log")
     memory = HashMemory(runs_dir / ".hashes.json")
-    plans = {point.name: Plan.of(point.recipe, cluster, runs_dir, memory) for point in points}
+    plans = plans_of(points, cluster, runs_dir)
     parent = start_study(study.name, points[0].recipe.tracking.experiment, runs_dir)
     failures, begun = _failures(folder), time.monotonic()
     for number, point in enumerate(wanted, 1):
@@ -210,21 +215,19 @@ def run_study(
     if forecast:
         make_forecasts([plans[point.name] for point in wanted], folder)
     write_report(study, points, plans, failures, folder)
-    print(status_table(states(study, wanted, cluster, runs_dir)))
+    print(status_table(states({point.name: plans[point.name] for point in wanted}, folder)))
     print(f"\nresults  {folder / 'results.md'}")
     return EXIT_FAILED if set(failures) & {point.name for point in wanted} else EXIT_DONE
 
 
-def point_commands(points: Sequence[Point], cluster: Cluster, runs_dir: Path) -> str:
+def point_commands(plans: Mapping[str, Plan]) -> str:
     """The stages of every point: which are finished, and which command makes the others."""
-    memory = HashMemory(None)
     parts = []
-    for point in points:
-        plan = Plan.of(point.recipe, cluster, runs_dir, memory)
-        parts.append(f"# {point.name}")
+    for name, plan in plans.items():
+        parts.append(f"# {name}")
         for stage in plan.stages:
             state = "finished" if stage.job.runtime.output.exists() else "to do"
-            command = shlex.join(command_of(stage, job_file_of(stage, plan.run_folder), cluster))
+            command = shlex.join(command_of(stage, job_file_of(stage, plan.run_folder), plan.cluster))
             parts.append(f"{stage.label:<20} {state:<9} {stage.job.artifact_name}  $ {command}")
     return "\n".join(parts)
 

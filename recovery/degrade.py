@@ -22,7 +22,7 @@ from recovery.errors import UserError
 from recovery.models import load_model
 from recovery.placement import matrices, select
 from recovery.progress import progress
-from recovery.sources import pretrained
+from recovery.sources import load_tokenizer
 from recovery.stage import run_stage
 
 Change = Callable[[str, Tensor], Tensor]
@@ -109,13 +109,10 @@ def change_of(before: Tensor, after: Tensor) -> dict[str, float]:
 
 
 def produce(job: DegradeJob, workspace: Workspace) -> dict[str, Any]:
-    from transformers import AutoTokenizer
-
     model = load_model(job.reference, None, placed=False)
     changes = apply_damage(model, job.damage, job.seed)
     model.save_pretrained(workspace.path)
-    place, arguments = pretrained(job.reference.path, job.reference.revision)
-    AutoTokenizer.from_pretrained(place, **arguments).save_pretrained(workspace.path)
+    load_tokenizer(job.reference.path, job.reference.revision).save_pretrained(workspace.path)
     return {"tensors": changes}
 
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from recovery.weights import Checkpoint, checkpoints
+from recovery.weights import Checkpoint
 
 Structural = Literal[
     "missing",
@@ -56,9 +55,11 @@ class Finding:
     """What was found, in words and numbers."""
 
 
-def examine(reference: Path, degraded: Path) -> Iterator[tuple[str, Finding | None]]:
-    """(tensor, what is wrong with it or None) for each of the reference's tensors, in their order by name."""
-    theirs, own = checkpoints(reference, degraded)
+def examine(theirs: Checkpoint, own: Checkpoint) -> Iterator[tuple[str, Finding | None]]:
+    """(tensor, what is wrong with it or None) for each of the reference's tensors, in their order by name.
+
+    theirs: the reference's; own: the degraded model's.
+    """
     names = theirs.names
     known = Known(theirs)
     for name in names:

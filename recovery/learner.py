@@ -10,7 +10,7 @@ from torch import Tensor
 from recovery.adapters import add_adapter, ranks_in, save_adapter, set_adapter
 from recovery.config import TrainJob
 from recovery.models import TORCH_DTYPES, causal_lm
-from recovery.sources import pretrained
+from recovery.sources import load_tokenizer
 
 
 def make_learner(job: TrainJob, degraded: Any) -> Any:
@@ -43,8 +43,6 @@ def save_learner(job: TrainJob, model: Any, master: dict[str, Tensor], folder: P
     if job.train.parameters == "adapters":
         save_adapter(model, folder, weights, base=str(job.degraded.path))
         return
-    from transformers import AutoTokenizer
-
     folder.mkdir(parents=True, exist_ok=True)
     own = model.state_dict()
     # Tied matrices have one parameter and two names; buffers do not learn.
@@ -53,5 +51,4 @@ def save_learner(job: TrainJob, model: Any, master: dict[str, Tensor], folder: P
         if other in weights:
             tied[name] = weights[other]
     model.save_pretrained(folder, state_dict=tied)
-    place, arguments = pretrained(job.reference.path, job.reference.revision)
-    AutoTokenizer.from_pretrained(place, **arguments).save_pretrained(folder)
+    load_tokenizer(job.reference.path, job.reference.revision).save_pretrained(folder)

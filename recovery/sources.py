@@ -27,6 +27,14 @@ def pretrained(path: str, revision: str | None = None) -> tuple[str, dict[str, A
     return path, {"revision": revision}
 
 
+def load_tokenizer(path: str, revision: str | None = None) -> Any:
+    """The model's own tokenizer, without a check."""
+    from transformers import AutoTokenizer
+
+    place, arguments = pretrained(path, revision)
+    return AutoTokenizer.from_pretrained(place, **arguments)
+
+
 def check_packing(path: str, config: Any) -> Mapping[str, Any]:
     """How the weights are quantized (`quant_method` and what belongs to it); empty for plain ones.
 

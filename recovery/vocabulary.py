@@ -13,8 +13,6 @@ from recovery.errors import UserError
 from recovery.sources import is_gguf
 
 SPECIAL = ("bos_token_id", "eos_token_id", "unk_token_id")
-UNUSED = 5
-"""GGUF's type of the tokens that only pad the embedding (gguf.TokenType.UNUSED)."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,8 @@ def gguf_vocabulary(path: str) -> Vocabulary:
         raise UserError(path, f"its tokens cannot be read ({error})", "copy or convert the file again") from error
     types = reader.fields.get("tokenizer.ggml.token_type")
     kinds = types.contents() if types is not None else [TokenType.NORMAL] * len(tokens)
-    used = {token: place for place, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != UNUSED}
+    pairs = enumerate(zip(tokens, kinds, strict=True))
+    used = {token: place for place, (token, kind) in pairs if kind != TokenType.UNUSED}  # which only pad the embedding
     return Vocabulary(used, {}, len(tokens))
 
 

@@ -19,6 +19,7 @@ from recovery.damage import cast, flipped, interleaved, noise_like, pruned, roun
 from recovery.damage_config import BitFlips, Cast, Pruning
 from recovery.diagnosis import Finding, compare_tensors, examine
 from recovery.errors import UserError
+from recovery.weights import checkpoints
 from tests.test_degrade import degrade
 
 # As wide as a small real layer, so that statistics say something.
@@ -85,7 +86,7 @@ def test_the_same_weights_in_another_dtype_are_no_damage(dtype: torch.dtype):
 
 
 def found(reference: Path, degraded: Path) -> list[Finding]:
-    return [finding for _, finding in examine(reference, degraded) if finding is not None]
+    return [finding for _, finding in examine(*checkpoints(reference, degraded)) if finding is not None]
 
 
 @pytest.mark.parametrize(
