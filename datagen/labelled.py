@@ -21,7 +21,7 @@ from recovery.artifacts import Workspace
 from recovery.corpus import SUMMARY, TOKENIZER, Sample, write_shard
 from recovery.corpus_statistics import summarize
 from recovery.errors import UserError
-from recovery.files import write_json
+from recovery.files import arrow_files, write_json
 from recovery.progress import progress
 from recovery.sources import load_tokenizer
 from recovery.stage import run_stage
@@ -106,10 +106,6 @@ def open_set(name: str, folder: Path | None) -> Dataset:
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"labelled.sets ({name})", f"cannot be read ({first})", "name a folder or a hub id") from error
-
-
-def arrow_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("data-*.arrow"))
 
 
 def rounds(sets: dict[str, Dataset], seed: int) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import numpy as np
 
 from eval.config import KNOWN, BenchmarkData
 from recovery.errors import UserError, UserErrors
-from recovery.files import HashMemory
+from recovery.files import HashMemory, arrow_files, digest_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -79,7 +78,7 @@ def local_files(data_dir: Path, name: str) -> tuple[str, list[Path]]:
     benchmark = TASKS[name]
     folders = [data_dir / benchmark.folder / split for split in benchmark.splits]
     for split, folder in zip(benchmark.splits, folders, strict=True):
-        if files := sorted(folder.glob("data-*.arrow")):
+        if files := arrow_files(folder):
             return split, files
     raise UserError(
         "evaluate.data_dir",
@@ -107,8 +106,7 @@ def benchmark_data(data_dir: Path, tasks: Sequence[str], memory: HashMemory) -> 
         listing |= {str(path.relative_to(data_dir)): memory.sha256(path) for path in files}
     if missing:
         raise UserErrors(missing)
-    digest = hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
-    return BenchmarkData(path=data_dir, digest=digest)
+    return BenchmarkData(path=data_dir, digest=digest_of(listing))
 
 
 def sample_rows(seed: int, name: str, rows: int, limit: int | None) -> list[int]:

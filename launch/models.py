@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from recovery.config import ModelInput
 from recovery.errors import UserError
-from recovery.files import HashMemory, read_json
+from recovery.files import HashMemory, digest_of, read_json
 from recovery.sources import is_gguf
 
 TOKENIZER_AND_CONFIG = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
@@ -50,8 +48,7 @@ def _local(folder: Path, where: str, memory: HashMemory) -> ModelInput:
         _check_safetensors(path, where)
     files = sorted([*weights, *(path for pattern in TOKENIZER_AND_CONFIG for path in folder.glob(pattern))])
     listing = {path.name: memory.sha256(path) for path in files if path.name != "manifest.json"}
-    digest = hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
-    return ModelInput(path=str(folder.resolve()), digest=digest)
+    return ModelInput(path=str(folder.resolve()), digest=digest_of(listing))
 
 
 def _gguf(path: Path, where: str, memory: HashMemory) -> ModelInput:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,7 +32,7 @@ from recovery.config import (
 from recovery.damage_config import ConversionBug
 from recovery.deepspeed_config import read_deepspeed
 from recovery.errors import UserError, UserErrors
-from recovery.files import HashMemory
+from recovery.files import HashMemory, arrow_files, digest_of
 from recovery.placement import check_adapter, counterparts, select, skeleton
 from recovery.vocabulary import Vocabulary, load_vocabulary, used_width
 
@@ -120,10 +118,10 @@ def resolve_names(recipe: Recipe, memory: HashMemory) -> Names:
 def labelled_folder(name: str, memory: HashMemory) -> LooseInput:
     """A folder of labelled text and the hash of its Arrow files. Raises UserError when there are none."""
     folder = Path(name).expanduser().resolve()
-    listing = {path.name: memory.sha256(path) for path in sorted(folder.glob("data-*.arrow"))}
+    listing = {path.name: memory.sha256(path) for path in arrow_files(folder)}
     if not listing:
         raise UserError("labelled.sets", f"no data-*.arrow in {name}", "give a folder written by save_to_disk")
-    return LooseInput(path=folder, digest=hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest())
+    return LooseInput(path=folder, digest=digest_of(listing))
 
 
 def check_models(recipe: Recipe, names: Names) -> None:

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from recovery.config import Job
 from recovery.errors import DamagedArtifact, UserError
-from recovery.files import HashMemory, read_json, sync_folder, write_json
+from recovery.files import HashMemory, digest_of, read_json, sync_folder, write_json
 
 MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = 1
@@ -75,7 +75,7 @@ def git_state() -> dict[str, Any]:
 def content_digest(files: dict[str, dict[str, Any]]) -> str:
     """One hash for all payload files of a manifest, but for the metrics, which hold times and speeds."""
     listing = {name: entry["sha256"] for name, entry in files.items() if name != "metrics.jsonl"}
-    return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
+    return digest_of(listing)
 
 
 def is_artifact(folder: Path) -> bool:

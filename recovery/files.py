@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,16 @@ def sha256_of(path: Path) -> str:
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def digest_of(listing: Mapping[str, str]) -> str:
+    """One hash of a folder, from those of its files by name."""
+    return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
+
+
+def arrow_files(folder: Path) -> list[Path]:
+    """What `Dataset.save_to_disk` wrote there."""
+    return sorted(folder.glob("data-*.arrow"))
 
 
 def write_atomic(path: Path, data: bytes | memoryview | str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from eval.config import Evaluate
 from launch.diagnose import diagnose
 from launch.models import resolve_model
+from launch.recipe import Recipe
 from recovery.adapters import load_adapter
 from recovery.config import ModelInput
 from recovery.corpus import read_split
@@ -50,6 +51,17 @@ def load(path: Path) -> Any:
     return load_model(ModelInput(path=str(path), digest=""), "float32")
 
 
+def repair_recipe(reference: Path, degraded: Path, data: Path, train: dict[str, Any]) -> Recipe:
+    return tiny_recipe(
+        reference,
+        data,
+        models={"degraded": str(degraded)},
+        degrade=None,
+        adapter={"placement": "attention_mlp", "rank": 24, "init": "closed_form_sequential"},
+        train=train,
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_unpacked_to_what_they_stand_for(packed: dict[str, tuple[Path, dict[str, Tensor]]], kind: str):
     path, meant = packed[kind]
@@ -76,14 +88,7 @@ def test_the_whole_pipeline_takes_them_and_leaves_them_as_they_are(
     reference: Path, packed: dict[str, tuple[Path, dict[str, Tensor]]], tmp_path: Path, kind: str
 ):
     path, _ = packed[kind]
-    recipe = tiny_recipe(
-        reference,
-        make_benchmarks(tmp_path / "data"),
-        models={"degraded": str(path)},
-        degrade=None,
-        adapter={"placement": "attention_mlp", "rank": 24, "init": "closed_form_sequential"},
-        train={"epochs": 3, "learning_rate": 1e-3},
-    )
+    recipe = repair_recipe(reference, path, make_benchmarks(tmp_path / "data"), {"epochs": 3, "learning_rate": 1e-3})
     folders = run_in_process(recipe, tmp_path / "runs")
     summary = json.loads((folders["report"] / "summary.json").read_text())
     assert summary["kl"]["recovered"] < 0.5 * summary["kl"]["degraded"]
@@ -99,14 +104,7 @@ def test_the_adapter_fits_the_packed_base(
     from transformers import AutoModelForCausalLM
 
     path, _ = packed["nf4"]
-    recipe = tiny_recipe(
-        reference,
-        make_benchmarks(tmp_path / "data"),
-        models={"degraded": str(path)},
-        degrade=None,
-        adapter={"placement": "attention_mlp", "rank": 24, "init": "closed_form_sequential"},
-        train={"epochs": 0},
-    )
+    recipe = repair_recipe(reference, path, make_benchmarks(tmp_path / "data"), {"epochs": 0})
     folders = run_in_process(recipe, tmp_path / "runs", until="repair")
     base: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     assert type(base.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
