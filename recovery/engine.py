@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage] - documented as public
 from torch.profiler import record_function
 
+from recovery import heartbeat
 from recovery.adapters import adapter_parameters
 from recovery.batches import Batch
 from recovery.config import Loss, TrainJob
@@ -50,7 +51,9 @@ def start_distributed() -> tuple[int, int]:
         torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed.init_distributed(backend, verbose=False)
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    heartbeat.start(rank, ranks)
+    return rank, ranks
 
 
 class Student(nn.Module):

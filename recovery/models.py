@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from recovery import heartbeat
 from recovery.attention import Tree, use_packed_attention
 from recovery.batches import Batch, collate
 from recovery.config import Dtype, ModelInput
@@ -54,9 +55,10 @@ def join_ranks(backend: str, timeout: datetime.timedelta | None = None) -> tuple
     """(rank, number of ranks) as torchrun gives them, joined where there are several; each has its own device."""
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1:
-        torch.distributed.init_process_group(backend, timeout=timeout)
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.distributed.init_process_group(backend, timeout=timeout)
+        heartbeat.start(rank, ranks)
     return rank, ranks
 
 

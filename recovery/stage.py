@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from recovery import heartbeat
 from recovery.artifacts import Workspace, content_digest, is_artifact, verify
 from recovery.config import ArtifactInput, Job, LooseInput
 from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, DamagedArtifact, Unavailable, UserError
@@ -156,12 +157,16 @@ def run_stage(
     """Entry of a stage module: read the job file named on the command line, build, exit with the project's codes."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("job", type=Path, help="job file, as `recover-lora <stage> RECIPE --dry-run` prints it")
+    parser.add_argument(
+        "--local_rank", help=argparse.SUPPRESS
+    )  # the deepspeed launcher gives it; the environment counts
     arguments = parser.parse_args()
     if launcher := os.environ.get(LAUNCHER):
         threading.Thread(target=_end_with, args=(int(launcher),), daemon=True).start()
     # A scheduler's SIGTERM ends a stage as Ctrl-C does: files closed, locks released, finished pieces kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = EXIT_DONE
+    how: heartbeat.Leaving = "done"
     try:
         job = job_type.from_file(arguments.job)
         set_up_logging(job.stage, job.runtime.log)
@@ -170,8 +175,10 @@ def run_stage(
         if isinstance(error, SystemExit):
             raise
         code = exit_code_of(error)
+        how = "interrupted" if code == EXIT_INTERRUPTED else "failed"
         log.debug("error: %s", (str(error).splitlines() or [type(error).__name__])[0])  # which the log file keeps
     sys.stdout.flush()
     sys.stderr.flush()
+    heartbeat.leave(how)
     # Libraries leave threads behind (trackers, data loaders) that must not hold up a finished stage.
     os._exit(code)

@@ -42,6 +42,7 @@ from recovery.measure import HeldOut, Measurement
 from recovery.models import causal_lm, check_training_path, device, head_of, load_model, share_equal
 from recovery.progress import progress
 from recovery.stage import run_stage
+from recovery.stopping import Stopping
 from recovery.teacher import TeacherSignal
 from recovery.texts import read_texts
 from recovery.tracking import Tracker
@@ -239,8 +240,11 @@ def measure_held_out(run: Run, step: int, tokens: int) -> dict[str, Measurement]
     return results
 
 
-def train(run: Run, workspace: Workspace | None) -> Watch:
-    """The loop: steps, and at their intervals a look at the losses, measurements and checkpoints."""
+def train(run: Run, workspace: Workspace | None, stopping: Stopping) -> Watch:
+    """The loop: steps, and at their intervals a look at the losses, measurements and checkpoints.
+
+    Raises KeyboardInterrupt, with everything saved, when SIGTERM asked for the end.
+    """
     done, settings = resume(run), run.job.train
     ends = np.cumsum([0, *(step.loss_tokens for step in run.plan)]).tolist()
     if done == 0:
@@ -254,13 +258,14 @@ def train(run: Run, workspace: Workspace | None) -> Watch:
         if watch.has_stagnated(settings.patience):
             log.info("stopped after step %d: %d measurements without a better one", number, settings.patience)
             break
+        answer = stopping.ask()
         train_step(run, number, feed)
-        step, tokens = number + 1, ends[number + 1]
+        step, tokens, stopped = number + 1, ends[number + 1], answer()
         if bar is not None:
             bar.update(tokens - ends[number])
         last = step == len(run.plan)
         evaluate = last or step % settings.evaluate_every == 0
-        checkpoint = last or step % settings.checkpoint_every == 0
+        checkpoint = last or stopped or step % settings.checkpoint_every == 0
         if evaluate or checkpoint or step % settings.log_every == 0:
             lines = look(run)
             if run.leader:
@@ -274,20 +279,27 @@ def train(run: Run, workspace: Workspace | None) -> Watch:
             if run.leader and (hint := advice(watch.kls)):
                 log.warning(hint)
         if checkpoint or (evaluate and watch.has_stagnated(settings.patience)):
-            state = run.engine.state()
-            if run.leader:
-                save_checkpoint(run.folder / CHECKPOINTS, step, state)
-                # Not before: after a kill the steps behind the checkpoint are measured again.
-                wanted = {best_path(run.folder, watch.best_until(kept)) for kept in checkpoint_steps(run.folder)}
-                for path in set((run.folder / BEST).glob("step-*.safetensors")) - wanted:
-                    path.unlink()
-                assert workspace is not None
-                workspace.tick()
+            write_checkpoint(run, step, watch, workspace)
+            if stopped and not last:
+                log.info("asked to stop: saved after step %d of %d", step, len(run.plan))
+                raise KeyboardInterrupt
         if evaluate or checkpoint:
             clock = time.monotonic()
     if bar is not None:
         bar.close()
     return watch
+
+
+def write_checkpoint(run: Run, step: int, watch: Watch, workspace: Workspace | None) -> None:
+    """Save the state after `step` steps. Every rank must call it; the leader has the workspace."""
+    state = run.engine.state()
+    if workspace is not None:
+        save_checkpoint(run.folder / CHECKPOINTS, step, state)
+        # Not before: after a kill the steps behind the checkpoint are measured again.
+        wanted = {best_path(run.folder, watch.best_until(kept)) for kept in checkpoint_steps(run.folder)}
+        for path in set((run.folder / BEST).glob("step-*.safetensors")) - wanted:
+            path.unlink()
+        workspace.tick()
 
 
 def keep(run: Run, lines: list[dict[str, float]], ends: list[int], seconds: float) -> None:
@@ -370,7 +382,8 @@ def produce(job: TrainJob, workspace: Workspace) -> dict[str, Any]:
         )
         if run.student.trainable_head:
             log.info("the head learns too: its loss goes through autograd, with two products more")
-        watch = train(run, workspace if leader else None)
+        with Stopping() as stopping:
+            watch = train(run, workspace if leader else None, stopping)
         check_better(watch, job)
         taken = watch.steps[-1]
         counts |= {"best_step": watch.best_step, "steps_taken": taken}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from recovery.errors import Unavailable, UserError
 from recovery.measure import measure
 from recovery.models import load_model
 from recovery.stage import build
-from recovery.train import learning_rates
+from recovery.train import checkpoint_steps, learning_rates
 from recovery.vocabulary import load_vocabulary, used_width
 from recovery.watch import advice
 from tests.conftest import REPOSITORY
@@ -45,9 +46,17 @@ class Killed(BaseException):
 
 
 def train_with(
-    prepared: tuple[Path, Path, Path], runs: Path, stop_after: int | None, dtype: str = "float32", **train: Any
+    prepared: tuple[Path, Path, Path],
+    runs: Path,
+    stop_after: int | None,
+    dtype: str = "float32",
+    sigterm_at: int | None = None,
+    **train: Any,
 ) -> Path:
-    """Train in a copy of the prepared runs; stop_after: end the process, as it were, after that many steps."""
+    """Train in a copy of the prepared runs.
+
+    stop_after: end the process, as it were, after that many steps; sigterm_at: send it SIGTERM in the step after these.
+    """
     model, data, source = prepared
     if not runs.exists():
         shutil.copytree(source, runs)
@@ -58,6 +67,8 @@ def train_with(
     def step(run: recovery.train.Run, number: int, feed: Iterator[Any]) -> None:
         if number == stop_after:
             raise Killed
+        if number == sigterm_at:
+            signal.raise_signal(signal.SIGTERM)
         real(run, number, feed)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -99,6 +110,16 @@ def test_killed_and_resumed_equals_undisturbed(
     held_out = [json.loads(line)["step"] for line in (resumed / "held_out.jsonl").read_text().splitlines()]
     assert held_out == [json.loads(line)["step"] for line in (undisturbed / "held_out.jsonl").read_text().splitlines()]
     assert not list(resumed.glob(".*"))
+
+
+def test_sigterm_saves_after_the_step_and_the_same_command_goes_on(prepared: tuple[Path, Path, Path], tmp_path: Path):
+    undisturbed = train_with(prepared, tmp_path / "a", None)
+    with pytest.raises(KeyboardInterrupt):
+        train_with(prepared, tmp_path / "b", None, sigterm_at=7)
+    (partial,) = (tmp_path / "b" / "artifacts").glob(".train-*.partial")
+    assert max(checkpoint_steps(partial)) == 8  # the step that was being taken, between two checkpoints
+    resumed = train_with(prepared, tmp_path / "b", None)
+    assert losses(resumed) == losses(undisturbed)
 
 
 def test_zero_stages_and_micro_batches_give_the_same_losses(prepared: tuple[Path, Path, Path], tmp_path: Path):
