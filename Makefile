@@ -21,7 +21,7 @@ USED := torch, deepspeed, peft, datasets, mlflow, matplotlib.pyplot, scipy.stats
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install install-vllm install-peers assets demo demo-vllm lint format test test-vllm bench bench-client \
+.PHONY: help install install-vllm install-peers assets demo demo-vllm lint format test test-vllm test-multinode bench bench-client \
         bench-generate bench-loss bench-step clean clean-venv clean-assets clean-runs
 # Where it is set, every start would compile those libraries anew (20 s).
 unexport PYTHONDONTWRITEBYTECODE
@@ -94,6 +94,10 @@ test: install assets lint ## lint, types and all tests, the real model included
 
 test-vllm: install install-vllm assets ## the server pool and the logits processor on a real vLLM: 10 minutes
 	@$(BIN)/python -m pytest -m vllm
+
+test-multinode: install ## training on two hosts of this machine: namespaces, real sshd and pdsh; wants root: 10 minutes
+	@tests/multinode/install.sh
+	@$(BIN)/python -m pytest -m multinode
 
 bench: bench-client bench-generate bench-loss bench-step ## every measurement; rows in runs/bench/summary.json
 

@@ -22,11 +22,13 @@ import typer
 from datagen.config import Partition
 from launch.cluster import Cluster, LocalServers, load_cluster
 from launch.corpus import corpus_app
+from launch.distributed import SLURM_JOB
 from launch.execution import Plan
 from launch.pipeline import dry_run, missing_inputs, run_stage_process
 from launch.recipe import Recipe, load_recipe
 from launch.resolve import Names, Stage, build_stages, check_models, generate_job, resolve_names
 from launch.servers import ServerPool
+from launch.slurm import batch_script, script_file, submit
 from recovery.errors import EXIT_DONE, EXIT_FAILED, UserError
 from recovery.files import HashMemory
 
@@ -56,6 +58,15 @@ Overrides = Annotated[
 ]
 RunsDir = Annotated[Path, typer.Option("--runs-dir", metavar="DIR", help="Where runs and artifacts lie.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print every command and job; start and write nothing.")]
+MaxRestarts = Annotated[
+    int,
+    typer.Option(
+        "--max-restarts",
+        min=0,
+        metavar="N",
+        help="Start a failed stage of several processes again up to N times, on the hosts that still answer.",
+    ),
+]
 
 
 def execute(
@@ -66,6 +77,7 @@ def execute(
     dry: bool,
     only: str | None,
     partition: Partition | None = None,
+    max_restarts: int = 0,
 ) -> int:
     """Run a recipe's stages (all, or those of one command, or one part of its corpus). Returns the exit code."""
     cluster = load_cluster(cluster_name)
@@ -78,9 +90,14 @@ def execute(
         raise UserError(str(recipe_file), f"it has no stage {only}", NO_STAGE[only or ""])
     if dry:
         check_models(recipe, plan.names)
+        if cluster.slurm is not None:
+            print(f"# {script_file(plan)}\n{batch_script(plan)}")
         print(dry_run(plan.wanted, plan.run_folder, cluster))
         return EXIT_DONE
-    code = plan.run(memory)
+    if cluster.slurm is not None and SLURM_JOB not in os.environ:
+        print(submit(plan))
+        return EXIT_DONE
+    code = plan.run(memory, max_restarts=max_restarts)
     if code == EXIT_DONE and only in (None, "report"):
         print_result(recipe, runs_dir)
     return code
@@ -162,6 +179,23 @@ def generate(
 
 
 @app.command(
+    help="All stages in order; finished ones are reused, an interrupted one goes on.\n\n"
+    "Examples:\n\n"
+    "recover-lora run launch/recipes/smollm2-135m/demo.yaml --set seed=1\n\n"
+    "recover-lora run my-recipe.yaml --cluster my-cluster.yaml --max-restarts 3"
+)
+def run(
+    recipe: RecipeFile,
+    cluster: ClusterName = "local",
+    overrides: Overrides = [],  # noqa: B006 - typer reads the default, nothing changes it
+    runs_dir: RunsDir = Path("runs"),
+    dry_run: DryRun = False,
+    max_restarts: MaxRestarts = 0,
+) -> None:
+    raise typer.Exit(execute(recipe, cluster, overrides, runs_dir, dry_run, None, max_restarts=max_restarts))
+
+
+@app.command(
     help="Train the adapters by logit distillation.\n\n"
     "Example: recover-lora train launch/recipes/smollm2-135m/demo.yaml --set train.loss.kind=reverse_kl"
 )
@@ -174,10 +208,11 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="Only take a few steps, and say where their time goes.")
     ] = False,
+    max_restarts: MaxRestarts = 0,
 ) -> None:
     if profile and not dry_run:
         raise typer.Exit(profile_training(recipe, cluster, overrides, runs_dir))
-    raise typer.Exit(execute(recipe, cluster, overrides, runs_dir, dry_run, "train"))
+    raise typer.Exit(execute(recipe, cluster, overrides, runs_dir, dry_run, "train", max_restarts=max_restarts))
 
 
 def profile_training(recipe_file: Path, cluster_name: str, overrides: list[str], runs_dir: Path) -> int:
@@ -298,7 +333,6 @@ def study(
 
 
 for _name, _only, _help in (
-    ("run", None, "All stages in order; finished ones are reused, an interrupted one goes on."),
     ("degrade", "degrade", "Damage the reference as the recipe says (for studies)."),
     (
         "cache",

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from datagen.config import ServerAccess
 from launch.recipe import load_config
@@ -93,16 +93,88 @@ class ExternalServers(ServerAccess):
 Servers = Annotated[LocalServers | ExternalServers, Field(discriminator="kind")]
 
 
+class Slurm(Config):
+    """An allocation of a Slurm cluster: `recover-lora run` writes a batch script and submits it."""
+
+    nodes: PositiveInt
+    arguments: tuple[str, ...] = ()
+    """More arguments for sbatch, such as --partition=mi300x, --gpus-per-node=8, --time=08:00:00."""
+    srun_arguments: tuple[str, ...] = ()
+    """More arguments for srun, which starts torchrun on every node."""
+    notice_s: PositiveInt = 120
+    """Seconds before the time limit at which training saves and the job is queued again."""
+
+
+HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?$")]
+
+
 class Cluster(Config):
     name: str
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """cuda stands for CUDA and ROCm builds of torch; auto takes a GPU when torch sees one."""
     processes: PositiveInt = 1
-    """Training processes on this host, one a device."""
+    """Training processes on a host, one a device."""
+    nodes: tuple[HostName, ...] = ()
+    """Hosts that train together, by the names that ssh knows, with this checkout and the runs' folder at the same
+    place; the first is the master. Left out: this host alone."""
+    hostfile: Path | None = None
+    """The same as a file of lines `<host> slots=<processes>`, as mpirun and DeepSpeed read it."""
+    slurm: Slurm | None = None
+    """The hosts are a Slurm allocation."""
+    master_port: int = Field(default=29500, ge=1024, le=65535)
+    interface: str | None = None
+    """Network interface between the hosts (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME); found out unless given."""
+    heartbeat_s: NonNegativeFloat = 30.0
+    """All ranks have ended so many seconds after one of them went missing; 0: nobody watches."""
+    image: str | None = None
+    """Container image of the hosts; Slurm's srun is given it (--container-image), elsewhere it is noted only."""
     environment: dict[str, str] = Field(default_factory=dict)
     """Environment variables of every stage."""
+    pass_environment: tuple[str, ...] = ("MLFLOW_*", "HF_*", "AWS_*", "AZURE_*", "GOOGLE_*")
+    """Variables of this host's environment that the other hosts get too, through a file that only the user can read:
+    no command line shows them."""
     servers: Servers | None = None
     """Where `generate.engine: vllm` has its samples drawn."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_hosts(self) -> Cluster:
+        given = [name for name in ("nodes", "hostfile", "slurm") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)}: give one of them")
+        if len(set(self.nodes)) < len(self.nodes):
+            raise ValueError("nodes: a host stands there twice")
+        return self
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Names of the hosts that train together; empty for this host alone, and for Slurm, which names them.
+
+        Raises UserError for a hostfile that cannot be read or has another number of slots.
+        """
+        if self.hostfile is None:
+            return self.nodes
+        return read_hostfile(self.hostfile, self.processes)
+
+
+def read_hostfile(path: Path, processes: int) -> tuple[str, ...]:
+    """Its hosts in their order. Raises UserError where a line is not `<host> slots=<processes>`."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise UserError("hostfile", f"{path} is not readable ({error.strerror})", "name another file") from error
+    hosts = []
+    for number, line in enumerate(lines, 1):
+        if not (content := line.partition("#")[0].strip()):
+            continue
+        host, _, slots = content.partition(" ")
+        if slots.replace(" ", "") != f"slots={processes}":
+            raise UserError(
+                f"{path}, line {number}", content, f"write `{host} slots={processes}`, as the cluster's processes"
+            )
+        hosts.append(host)
+    if not hosts or len(set(hosts)) < len(hosts):
+        raise UserError(str(path), "no hosts, or one of them twice", "one line a host")
+    return tuple(hosts)
 
 
 def load_cluster(name: str) -> Cluster:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from datagen.config import GenerateJob, Partition
 from launch.cluster import Cluster, LocalServers
+from launch.distributed import SSH_OPTIONS
 from launch.pipeline import is_finished, link, missing_inputs, run_stage_process
 from launch.recipe import Recipe
 from launch.resolve import Names, Stage, build_stages, check_models, partition_stage, resolve_names
 from launch.servers import ServerPool
 from recovery.config import Job
-from recovery.errors import EXIT_DONE, EXIT_FAILED, UserError
+from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, Unavailable, UserError
 from recovery.files import HashMemory
+
+log = logging.getLogger("recover-lora")
 
 
 @dataclass(frozen=True)
@@ -61,9 +67,12 @@ class Plan:
             raise UserError(self.only, f"needs {', '.join(absent)}, not finished", "run these first, or `run`")
         return todo
 
-    def run(self, memory: HashMemory, parent: str | None = None) -> int:
-        """Do what is to be done; returns the exit code of the first stage that fails. parent: the MLflow run of the
-        study that this is a point of."""
+    def run(self, memory: HashMemory, parent: str | None = None, max_restarts: int = 0) -> int:
+        """Do what is to be done; returns the exit code of the first stage that fails.
+
+        parent: the MLflow run of the study that this is a point of. max_restarts: how often a stage on several
+        processes is started again after it failed; it goes on from its last checkpoint.
+        """
         stages = self.wanted
         if self.todo(memory):
             check_models(self.recipe, self.names)
@@ -77,14 +86,43 @@ class Plan:
             # Looked at again: a stage before it may just have been made anew, from which this one was not made.
             if not is_finished(stage, memory):
                 with servers_for(stage.job, self.cluster, self.run_folder / "logs"):
-                    code = run_stage_process(stage, self.run_folder, self.cluster)
+                    code = self._run_stage(stage, max_restarts if stage.distributed else 0)
                 if code != EXIT_DONE:
-                    return code if code > 0 else EXIT_FAILED
+                    # Launchers have codes of their own, and a killed stage's is negative.
+                    return code if code in (EXIT_USER, EXIT_INTERRUPTED) else EXIT_FAILED
             else:
                 print(f"[{stage.label}] reused {stage.job.runtime.output}", file=sys.stderr)
             link(stage, self.run_folder)
         memory.save()
         return EXIT_DONE
+
+    def _run_stage(self, stage: Stage, restarts: int) -> int:
+        cluster = self.cluster
+        for number in range(restarts + 1):
+            code = run_stage_process(stage, self.run_folder, cluster)
+            if code in (EXIT_DONE, EXIT_USER, EXIT_INTERRUPTED) or number == restarts:
+                return code
+            if cluster.hosts:
+                cluster = reachable_part(cluster)
+            log.warning("%s failed (code %d); start %d of %d", stage.label, code, number + 1, restarts)
+        raise AssertionError("the loop returns")
+
+
+def reachable_part(cluster: Cluster) -> Cluster:
+    """The cluster without the hosts that no longer answer ssh. Raises Unavailable where none does."""
+
+    def answers(host: str) -> bool:
+        return subprocess.run(["ssh", *SSH_OPTIONS, host, "true"], check=False, capture_output=True).returncode == 0
+
+    with ThreadPoolExecutor(min(len(cluster.hosts), 64)) as pool:
+        hosts = dict(zip(cluster.hosts, pool.map(answers, cluster.hosts), strict=True))
+    lost = [host for host, there in hosts.items() if not there]
+    if len(lost) == len(hosts):
+        raise Unavailable("no host answers ssh any more")
+    if lost:
+        log.warning("going on without %s", ", ".join(lost))
+    left = tuple(host for host in hosts if host not in lost)
+    return cluster.model_copy(update={"nodes": left, "hostfile": None})
 
 
 def servers_for(job: Job, cluster: Cluster, logs: Path) -> AbstractContextManager[object]:

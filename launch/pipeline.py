@@ -12,19 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.cluster import Cluster
+from launch.distributed import SECRET, environment_of, start_of
 from launch.resolve import Stage
 from recovery.artifacts import REPOSITORY
 from recovery.errors import EXIT_INTERRUPTED, UserError
 from recovery.files import HashMemory, write_atomic
-from recovery.stage import LAUNCHER, check_reusable
+from recovery.stage import check_reusable
 
-
-def command_of(stage: Stage, job_file: Path, cluster: Cluster) -> list[str]:
-    """What starts the stage; typed by hand it does the same."""
-    if stage.distributed and cluster.processes > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cluster.processes)]
-        return [sys.executable, *torchrun, "--module", stage.module, str(job_file)]
-    return [sys.executable, "-m", stage.module, str(job_file)]
+STOP_S = 120.0
+"""For all ranks to save."""
 
 
 def job_file_of(stage: Stage, run_folder: Path) -> Path:
@@ -46,13 +42,13 @@ def run_stage_process(stage: Stage, run_folder: Path, cluster: Cluster, argument
     job_file = job_file_of(stage, run_folder)
     job_file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(job_file, stage.job.to_json())
-    command = [*command_of(stage, job_file, cluster), *arguments]
-    environment = {**os.environ, **cluster.environment, LAUNCHER: str(os.getpid())}
-    if cluster.device == "cpu":
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    # The rooms are imported from this checkout wherever the command was started.
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    with subprocess.Popen(command, env=environment) as process:
+    start = start_of(stage, job_file, cluster)
+    for path, content in start.files.items():
+        write_atomic(path, content, private=True)
+    environment = environment_of(start, cluster)
+    if start.stop_file is not None:
+        return _run_elsewhere([*start.command, *arguments], environment, start.stop_file)
+    with subprocess.Popen([*start.command, *arguments], env=environment) as process:
         try:
             return process.wait()
         except KeyboardInterrupt:
@@ -60,6 +56,27 @@ def run_stage_process(stage: Stage, run_folder: Path, cluster: Cluster, argument
                 process.send_signal(signal.SIGINT)
             process.wait()
             return EXIT_INTERRUPTED
+
+
+def _run_elsewhere(command: list[str], environment: dict[str, str], stop_file: Path) -> int:
+    """Run a launcher of other hosts' processes. An interrupt asks them to save and stop; a second one, or STOP_S
+    without an answer, ends the launcher, and its ranks notice."""
+    stop_file.unlink(missing_ok=True)
+    guard = [sys.executable, "-m", "launch.guard", str(os.getpid())]
+    with subprocess.Popen([*guard, *command], env=environment, cwd=REPOSITORY, start_new_session=True) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            print("asked all ranks to save and stop; once more ends them at once", file=sys.stderr)
+            stop_file.touch()
+            with contextlib.suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
+                process.wait(STOP_S)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return EXIT_INTERRUPTED
+        finally:
+            stop_file.unlink(missing_ok=True)
 
 
 def is_finished(stage: Stage, memory: HashMemory) -> bool:
@@ -89,6 +106,9 @@ def dry_run(stages: list[Stage], run_folder: Path, cluster: Cluster) -> str:
     for stage in stages:
         job_file = job_file_of(stage, run_folder)
         state = "finished" if stage.job.runtime.output.exists() else "to do"
-        parts.append(f"# {stage.label}: {state}\n$ {shlex.join(command_of(stage, job_file, cluster))}")
+        start = start_of(stage, job_file, cluster)
+        variables = [f"{name}={shlex.quote(value)}" for name, value in start.environment.items() if start.elsewhere]
+        parts.append(f"# {stage.label}: {state}\n$ {' '.join([*variables, shlex.join(start.command)])}")
+        parts += [f"# {path}\n{content}" for path, content in start.files.items() if SECRET not in path.suffixes]
         parts.append(f"# {job_file}\n{stage.job.to_json()}")
     return "\n".join(parts)

@@ -22,8 +22,9 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from launch.cluster import Cluster
+from launch.distributed import start_of
 from launch.execution import Plan
-from launch.pipeline import command_of, job_file_of
+from launch.pipeline import job_file_of
 from launch.recipe import Recipe, check_config, load_config, read_yaml, set_field
 from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, Unavailable, UserError, UserErrors
 from recovery.files import HashMemory, read_json, write_json
@@ -227,7 +228,7 @@ def point_commands(plans: Mapping[str, Plan]) -> str:
         parts.append(f"# {name}")
         for stage in plan.stages:
             state = "finished" if stage.job.runtime.output.exists() else "to do"
-            command = shlex.join(command_of(stage, job_file_of(stage, plan.run_folder), plan.cluster))
+            command = shlex.join(start_of(stage, job_file_of(stage, plan.run_folder), plan.cluster).command)
             parts.append(f"{stage.label:<20} {state:<9} {stage.job.artifact_name}  $ {command}")
     return "\n".join(parts)
 

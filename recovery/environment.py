@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+SECRETS_VARIABLE = "RECOVER_LORA_ENVIRONMENT"
+"""Names a JSON file with more variables: those that must not stand on the command lines of other hosts."""
 M_ARENA_MAX = -8
 """As malloc.h has it."""
 GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of the CUDA, ROCm and WSL drivers
@@ -20,6 +23,9 @@ def may_have_gpu() -> bool:
 
 def prepare() -> None:
     """Defaults that the user's own environment overrides."""
+    if (path := os.environ.get(SECRETS_VARIABLE)) is not None and Path(path).is_file():
+        for name, value in json.loads(Path(path).read_text()).items():
+            os.environ.setdefault(name, value)
     # OpenMP threads that spin between operations cost a busy machine a factor of ten (small operations, many
     # barriers); threads that sleep cost an idle one a few percent.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

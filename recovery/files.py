@@ -30,12 +30,17 @@ def arrow_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("data-*.arrow"))
 
 
-def write_atomic(path: Path, data: bytes | memoryview | str) -> None:
-    """Write through a temporary sibling, synced and renamed: `path` holds all of `data` or what it held before."""
+def write_atomic(path: Path, data: bytes | memoryview | str, *, private: bool = False) -> None:
+    """Write through a temporary sibling, synced and renamed: `path` holds all of `data` or what it held before.
+
+    private: only the user may read it.
+    """
     payload = data.encode() if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as stream:
+            if private:
+                os.fchmod(stream.fileno(), 0o600)
             stream.write(payload)
             stream.flush()
             os.fsync(stream.fileno())

@@ -25,6 +25,7 @@ from recovery.files import HashMemory
 
 log = logging.getLogger("recover-lora")
 LAUNCHER = "RECOVER_LORA_LAUNCHER"  # environment variable: the launcher's process id
+STOP_VARIABLE = "RECOVER_LORA_STOP_FILE"  # environment variable: a file that, once there, asks training to stop
 JobType = TypeVar("JobType", bound=Job)
 
 

@@ -1,13 +1,20 @@
-"""A scheduler's SIGTERM while training: all ranks save after the same step, however many of them were told."""
+"""The request to stop training: all ranks save after the same step, however many of them were told.
+
+It comes as SIGTERM, from a scheduler, or as a file, from the launcher, whose signals do not reach other hosts.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 import torch
 import torch.distributed as dist
+
+from recovery.stage import STOP_VARIABLE
 
 
 class Stopping:
@@ -15,6 +22,8 @@ class Stopping:
 
     def __init__(self) -> None:
         self._asked = False
+        file = os.environ.get(STOP_VARIABLE) if dist.get_rank() == 0 else None
+        self._file = None if file is None else Path(file)
         # On the host: nothing is to wait for the device.
         self._group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
@@ -32,9 +41,9 @@ class Stopping:
 
     def ask(self) -> Callable[[], bool]:
         """Ask all ranks; the answer, the same on each, comes while a step is computed. Every rank must call it."""
-        asked = torch.tensor(float(self._asked))
         if dist.get_world_size() == 1:
             return lambda: self._asked
+        asked = torch.tensor(float(self._asked or (self._file is not None and self._file.exists())))
         work = dist.all_reduce(asked, group=self._group, async_op=True)
 
         def answer() -> bool:

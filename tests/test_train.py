@@ -19,6 +19,7 @@ from recovery.adapters import load_adapter
 from recovery.checkpoint import load_checkpoint, save_checkpoint
 from recovery.config import ModelInput, Train
 from recovery.corpus import read_split
+from recovery.deepspeed_config import FOLDER
 from recovery.errors import Unavailable, UserError
 from recovery.measure import measure
 from recovery.models import load_model
@@ -131,6 +132,12 @@ def test_zero_stages_and_micro_batches_give_the_same_losses(prepared: tuple[Path
     ]
     for other in runs[1:]:
         assert [loss for _, loss, _ in other] == pytest.approx([loss for _, loss, _ in runs[0]], rel=1e-3)
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.json")), ids=lambda file: file.stem)
+def test_every_shipped_deepspeed_file_trains(prepared: tuple[Path, Path, Path], tmp_path: Path, file: Path):
+    found = losses(train_with(prepared, tmp_path / "a", None, deepspeed=file.stem, epochs=1))
+    assert found[-1][1] < found[0][1]
 
 
 @pytest.mark.parametrize("zero", ["zero1", "zero3"])

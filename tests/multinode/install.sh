@@ -1,0 +1,16 @@
+#!/bin/sh
+# What the two hosts of `make test-multinode` need of Debian; says so and goes on where it cannot be installed.
+set -eu
+missing=""
+command -v ip >/dev/null 2>&1 || [ -x /usr/sbin/ip ] || missing="$missing iproute2"
+[ -x /usr/sbin/sshd ] || missing="$missing openssh-server"
+command -v pdsh >/dev/null 2>&1 || missing="$missing pdsh"
+[ -n "$missing" ] || exit 0
+if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null 2>&1; then
+    echo "missing:$missing (install them as root; the tests are skipped without)"
+    exit 0
+fi
+export DEBIAN_FRONTEND=noninteractive
+apt-get update -qq
+# shellcheck disable=SC2086 # a list
+apt-get install -y -qq --no-install-recommends $missing >/dev/null

@@ -1,0 +1,184 @@
+"""Cluster files, and what is started on several hosts: commands, files, secrets, and the Slurm script."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launch.cluster import FOLDER, Cluster, load_cluster
+from launch.distributed import environment_of, start_of
+from launch.pipeline import run_stage_process
+from recovery.errors import EXIT_INTERRUPTED, UserError, UserErrors
+from tests.conftest import REPOSITORY
+from tests.pipeline import make_benchmarks, stages_of, tiny_recipe
+from tests.processes import wait_until
+
+PASSWORD = "correct-horse"
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in FOLDER.glob("*.yaml")))
+def test_every_shipped_cluster_loads(name: str):
+    assert load_cluster(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"nodes": ["a", "b"], "slurm": {"nodes": 2}}, "nodes and slurm: give one of them"),
+        ({"nodes": ["a", "a"]}, "a host stands there twice"),
+        ({"nodes": ["-oProxyCommand=touch /tmp/x"]}, "nodes.0"),
+        ({"processes": 0}, "processes"),
+    ],
+)
+def test_a_wrong_cluster_is_named(tmp_path: Path, content: dict[str, Any], message: str):
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump({"name": "x", **content}))
+    with pytest.raises(UserErrors, match=message):
+        load_cluster(str(path))
+
+
+def test_a_hostfile_says_what_nodes_would(tmp_path: Path):
+    path = tmp_path / "hosts"
+    cluster = Cluster(name="x", hostfile=path, processes=8)
+    path.write_text("# ours\nnode-a slots=8\n\nnode-b  slots = 8  # the second\n")
+    assert cluster.hosts == ("node-a", "node-b")
+    path.write_text("node-a slots=8\nnode-b slots=4\n")
+    with pytest.raises(UserError, match=r"line 2: node-b slots=4; write `node-b slots=8`"):
+        _ = cluster.hosts
+    path.unlink()
+    with pytest.raises(UserError, match="not readable"):
+        _ = cluster.hosts
+
+
+@pytest.fixture
+def stage(prepared: tuple[Path, Path, Path], tmp_path: Path) -> Any:
+    model, data, _ = prepared
+    return stages_of(tiny_recipe(model, data), tmp_path / "runs")["train"]
+
+
+HOSTS = Cluster(
+    name="x", device="cpu", nodes=("node-a", "node-b"), processes=4, interface="eth1", environment={"A": "b c"}
+)
+
+
+def test_deepspeeds_launcher_gets_its_files(stage: Any, tmp_path: Path):
+    start = start_of(stage, tmp_path / "train.json", HOSTS)
+    assert start.files[tmp_path / "train.hostfile"] == "node-a slots=4\nnode-b slots=4\n"
+    exports = start.files[tmp_path / "train.deepspeed_env"].splitlines()
+    assert "A='b c'" in exports
+    assert "GLOO_SOCKET_IFNAME=eth1" in exports
+    assert "RECOVER_LORA_HEARTBEAT_S=30" in exports
+    assert all("=" in line and not line.startswith("#") for line in exports)  # its parser takes nothing else
+    assert start.command[-3:] == ["--module", "recovery.train", str(tmp_path / "train.json")]
+    assert start.command[start.command.index("--master_addr") + 1] == "node-a"
+
+
+def test_secrets_reach_the_other_hosts_by_file_alone(stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+    monkeypatch.setenv("HF_TOKEN", PASSWORD)
+    start = start_of(stage, tmp_path / "train.json", HOSTS)
+    secret = tmp_path / "train.environment.json"
+    assert json.loads(start.files[secret])["HF_TOKEN"] == PASSWORD
+    visible = [*start.command, *environment_of(start, HOSTS).values()]
+    visible += [content for path, content in start.files.items() if path != secret]
+    assert not any(PASSWORD in text for text in visible)
+    monkeypatch.setattr("launch.pipeline._run_elsewhere", lambda *_: 0)
+    assert run_stage_process(stage, tmp_path, HOSTS) == 0
+    written = tmp_path / "jobs" / "train.environment.json"
+    assert stat.S_IMODE(written.stat().st_mode) == 0o600
+    code = "import recovery, os; print(os.environ['HF_TOKEN'])"
+    environment = {"PATH": os.environ["PATH"], "RECOVER_LORA_ENVIRONMENT": str(written)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=REPOSITORY, check=True, capture_output=True
+    )
+    assert done.stdout.decode().strip() == PASSWORD
+
+
+def recover_lora(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launch.cli", *arguments]
+    own = {**os.environ, **environment, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(command, env=own, check=False, capture_output=True, text=True)
+
+
+def test_a_dry_run_shows_everything_but_secrets(tiny: Path, tmp_path: Path):
+    recipe, cluster = tmp_path / "recipe.yaml", tmp_path / "cluster.yaml"
+    data = make_benchmarks(tmp_path / "data")
+    recipe.write_text(yaml.safe_dump(json.loads(tiny_recipe(tiny, data).model_dump_json())))
+    cluster.write_text(yaml.safe_dump(json.loads(HOSTS.model_dump_json(exclude_none=True))))
+    arguments = ("run", str(recipe), "--cluster", str(cluster), "--runs-dir", str(tmp_path / "runs"), "--dry-run")
+    done = recover_lora(*arguments, MLFLOW_TRACKING_PASSWORD=PASSWORD)
+    assert done.returncode == 0, done.stderr
+    assert "node-b slots=4" in done.stdout
+    assert "GLOO_SOCKET_IFNAME=eth1" in done.stdout
+    assert "deepspeed.launcher.runner --hostfile" in done.stdout
+    assert PASSWORD not in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+FAKES = {
+    # As sbatch: the script in the background, with the variables of a job; its id on standard output.
+    "sbatch": """#!/bin/sh
+echo "Submitted batch job 77"
+SLURM_JOB_ID=77 SLURMD_NODENAME=localhost setsid bash "$1" >> "$FAKES/slurm.log" 2>&1 & echo $! > "$FAKES/pid"
+""",
+    # As srun with one task: what comes behind its own options.
+    "srun": """#!/bin/sh
+echo "srun $*" >> "$FAKES/calls"
+while [ "$1" != "$PYTHON" ]; do shift; done
+exec "$@"
+""",
+    "scontrol": """#!/bin/sh
+echo "scontrol $*" >> "$FAKES/calls"
+""",
+}
+
+
+def test_a_slurm_job_saves_when_its_time_is_over_and_is_queued_again(prepared: tuple[Path, Path, Path], tmp_path: Path):
+    """With stand-ins for sbatch, srun and scontrol."""
+    import shutil
+
+    model, data, source = prepared
+    shutil.copytree(source, tmp_path / "runs")
+    changes = {"epochs": 40, "checkpoint_every": 5, "evaluate_every": 1000}
+    recipe, cluster = tmp_path / "recipe.yaml", tmp_path / "cluster.yaml"
+    recipe.write_text(yaml.safe_dump(json.loads(tiny_recipe(model, data, train=changes).model_dump_json())))
+    slurm = {"nodes": 1, "arguments": ["--partition=small"]}
+    cluster.write_text(yaml.safe_dump({"name": "x", "device": "cpu", "processes": 2, "slurm": slurm}))
+    fakes = tmp_path / "fakes"
+    fakes.mkdir()
+    for name, content in FAKES.items():
+        (fakes / name).write_text(content)
+        (fakes / name).chmod(0o755)
+    arguments = ("train", str(recipe), "--cluster", str(cluster), "--runs-dir", str(tmp_path / "runs"))
+    environment = {"PATH": f"{fakes}:{os.environ['PATH']}", "FAKES": str(fakes), "PYTHON": sys.executable}
+
+    done = recover_lora(*arguments, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "Submitted batch job 77" in done.stdout
+    script = (tmp_path / "runs" / "tiny" / "jobs" / "slurm.sh").read_text()
+    assert "#SBATCH --nodes=1\n" in script
+    assert "#SBATCH --partition=small\n" in script
+
+    job = int((fakes / "pid").read_text())
+    checkpoints = lambda: list((tmp_path / "runs" / "artifacts").glob(".train-*/.checkpoints/step-*.json"))  # noqa: E731
+    try:
+        wait_until(checkpoints, 120)
+    finally:
+        os.kill(job, signal.SIGTERM)  # as Slurm does, `notice_s` before the end, to the batch shell alone
+    wait_until(lambda: "requeue 77" in (fakes / "calls").read_text(), 60)
+    assert "asked to stop: saved after step" in (fakes / "slurm.log").read_text()
+    assert str(EXIT_INTERRUPTED) in script
+
+    again = recover_lora(*arguments, **environment)
+    assert again.returncode == 0
+    wait_until(lambda: list((tmp_path / "runs" / "artifacts").glob("train-*")), 120)
+    assert "going on after step" in (fakes / "slurm.log").read_text()
