@@ -299,6 +299,33 @@ def diagnose(
 
 
 @app.command(
+    help="Look at every host of a cluster, in parallel: code, packages, devices, rates, network, disk, clock.\n\n"
+    "The exit code is 1 where one is not fit.\n\n"
+    "Examples:\n\n"
+    "recover-lora preflight --cluster my-hosts.yaml\n\n"
+    "recover-lora preflight my-recipe.yaml --cluster my-hosts.yaml"
+)
+def preflight(
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="RECIPE", help="Also check that every host sees this recipe's models.")
+    ] = None,
+    cluster: ClusterName = "local",
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    from launch.preflight import run_preflight
+
+    given = [] if recipe is None else models_of(load_recipe(recipe, []))
+    raise typer.Exit(run_preflight(load_cluster(cluster), runs_dir, given))
+
+
+def models_of(recipe: Recipe) -> list[str]:
+    """The local folders among a recipe's models."""
+    names = resolve_names(recipe, HashMemory(None))
+    found = {model.path for model in (names.reference, names.generator, names.degraded) if model is not None}
+    return sorted(path for path in found if Path(path).exists())
+
+
+@app.command(
     help="Run a grid of recipes; what points share is made once, and one that fails does not stop the others.\n\n"
     "Examples:\n\n"
     "recover-lora study launch/studies/smollm2-135m-matrix.yaml --only damage=kv-noise-0_5\n\n"

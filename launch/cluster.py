@@ -105,6 +105,22 @@ class Slurm(Config):
     """Seconds before the time limit at which training saves and the job is queued again."""
 
 
+class Hardware(Config):
+    """What a device and its links are good for: the bars of `recover-lora preflight`, the rates of `plan`."""
+
+    gemm_tflops: PositiveFloat | None = None
+    """Of large matrix products on one device, in the dtype that it trains in."""
+    memory_gb_s: PositiveFloat | None = None
+    """Of a copy on one device, read and written bytes together."""
+    memory_gib: PositiveFloat | None = None
+    """Of one device."""
+    allreduce_gb_s: PositiveFloat | None = None
+    """Bus bandwidth of an all-reduce inside one host."""
+    network_gb_s: PositiveFloat | None = None
+    """Bus bandwidth of an all-reduce over all hosts."""
+    disk_free_gib: PositiveFloat | None = 10.0
+
+
 HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?$")]
 
 
@@ -133,6 +149,8 @@ class Cluster(Config):
     pass_environment: tuple[str, ...] = ("MLFLOW_*", "HF_*", "AWS_*", "AZURE_*", "GOOGLE_*")
     """Variables of this host's environment that the other hosts get too, through a file that only the user can read:
     no command line shows them."""
+    hardware: Hardware = Hardware()
+    """What every host is to reach."""
     servers: Servers | None = None
     """Where `generate.engine: vllm` has its samples drawn."""
 

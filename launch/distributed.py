@@ -46,8 +46,8 @@ class Start:
         return self.stop_file is not None
 
 
-def start_of(stage: Stage, job_file: Path, cluster: Cluster) -> Start:
-    """How the stage is started on this cluster; typed by hand it does the same."""
+def base_environment(cluster: Cluster) -> dict[str, str]:
+    """The variables of every process on a host of the cluster."""
     environment = {**cluster.environment, LIMIT_VARIABLE: f"{cluster.heartbeat_s:g}"}
     if cluster.device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -55,6 +55,12 @@ def start_of(stage: Stage, job_file: Path, cluster: Cluster) -> Start:
         environment |= {"NCCL_SOCKET_IFNAME": cluster.interface, "GLOO_SOCKET_IFNAME": cluster.interface}
     # The rooms are imported from this checkout wherever the command was started.
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    return environment
+
+
+def start_of(stage: Stage, job_file: Path, cluster: Cluster) -> Start:
+    """How the stage is started on this cluster; typed by hand it does the same."""
+    environment = base_environment(cluster)
     if stage.distributed and (cluster.hosts or cluster.slurm is not None):
         return _on_hosts(stage, job_file.resolve(), cluster, environment)
     environment[LAUNCHER] = str(os.getpid())

@@ -99,6 +99,22 @@ def nothing_left(host: Host) -> bool:
     return len(host.processes()) <= listening
 
 
+def test_preflight_measures_both_hosts_and_what_lies_between(hosts: Hosts, tmp_path: Path):
+    cluster = tmp_path / "cluster.yaml"
+    content = {"name": "x", "device": "cpu", "nodes": ["node-a", "node-b"], "hardware": {"network_gb_s": 1e6}}
+    cluster.write_text(yaml.safe_dump(content))
+    output = tmp_path / "output.log"
+    arguments = ("preflight", "--cluster", str(cluster), "--runs-dir", str(tmp_path / "runs"))
+    began = time.monotonic()
+    assert hosts.complete(arguments, output, 120) == 1
+    assert time.monotonic() - began < 120
+    said = output.read_text()
+    assert "node-a" in said
+    assert "node-b" in said
+    assert said.count("NOT FIT") == 1
+    assert "NOT FIT  between hosts: all-reduce" in said
+
+
 @pytest.fixture(scope="module")
 def alone(prepared: tuple[Path, Path, Path], hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Site:
     """The recipe trained on one host."""
