@@ -25,6 +25,7 @@ from recovery.deepspeed_config import complete
 from recovery.head import Head
 from recovery.loss import distill, distill_trainable
 from recovery.models import causal_lm, final_hidden, head_of, logit_form
+from recovery.partition import gathered
 from recovery.targets import DenseTargets, NoTargets, Targets
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -93,14 +94,29 @@ class Student(nn.Module):
 
         Enter it after the forward that makes the hidden states: a tied embedding is released by that forward.
         """
-        parameters = list(causal_lm(self.adapted).get_output_embeddings().parameters())
-        if any(hasattr(parameter, "ds_id") and parameter.numel() == 0 for parameter in parameters):
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters(parameters):
-                yield head_of(self.adapted, self.width)
-        else:
+        with gathered(list(causal_lm(self.adapted).get_output_embeddings().parameters())):
             yield head_of(self.adapted, self.width)
+
+
+class _Reader(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        return final_hidden(self.model, batch)
+
+
+def forward_only(model: Any, job: TrainJob) -> Callable[[Batch], Tensor]:
+    """A frozen model under the job's ZeRO-3, without optimizer: batch to final hidden states (T, H). For all ranks."""
+    import deepspeed
+
+    engine: Any = deepspeed.initialize(model=_Reader(model), config=engine_config(job))[0]
+    return engine.eval()
+
+
+def engine_config(job: TrainJob) -> dict[str, Any]:
+    return complete(job.deepspeed, job.dtype, job.train.max_grad_norm)
 
 
 class Engine:
@@ -113,7 +129,7 @@ class Engine:
         optimizer = torch.optim.AdamW(
             parameters, lr=job.train.learning_rate, betas=(0.9, 0.999), weight_decay=job.train.weight_decay
         )
-        config = complete(job.deepspeed, job.dtype, job.train.max_grad_norm)
+        config = engine_config(job)
         self._engine: Any = deepspeed.initialize(model=student, optimizer=optimizer, config=config)[0]
         self._student = student
         self._ranks = torch.distributed.get_world_size()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from recovery.config import SparseLogitsTeacher, TrainJob
 from recovery.corpus import Tokens
 from recovery.errors import UserError
 from recovery.head import Head
-from recovery.models import TORCH_DTYPES, check_training_path, device
+from recovery.models import TORCH_DTYPES, device
 from recovery.teacher import DenseTeacher, NoTeacher, OnlineTeacher, TeacherSignal
 from recovery.teacher_cache import CachedHiddenStates, CachedSparseLogits, read_head
 
@@ -25,12 +24,16 @@ Prepared = tuple[Batch, tuple[Tensor, ...]]
 
 
 def teachers(
-    job: TrainJob, reference: Any, width: int, tokens: Tokens, texts: dict[str, Tokens], student_head: Head
+    job: TrainJob,
+    online: OnlineTeacher | None,
+    width: int,
+    tokens: Tokens,
+    texts: dict[str, Tokens],
+    student_head: Head,
 ) -> tuple[TeacherSignal, Mapping[str, DenseTeacher]]:
-    """The signal to learn from, and those to measure the other texts with. reference: None where there is a cache."""
+    """The signal to learn from, and those to measure the other texts with. online: None where there is a cache."""
     if job.cache is None:
-        check_training_path(reference, width, "models.reference")
-        online = OnlineTeacher(reference, width)
+        assert online is not None
         learned_from = NoTeacher() if job.train.loss.cross_entropy == 1 else online
         return learned_from, dict.fromkeys(texts, online)
     folder = job.cache.path

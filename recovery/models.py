@@ -24,6 +24,7 @@ from recovery.environment import return_memory
 from recovery.errors import UserError
 from recovery.gated import use_gated_products
 from recovery.head import Head
+from recovery.partition import gathered
 from recovery.sources import check_packing, pretrained, unpacking
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -201,7 +202,9 @@ def check_training_path(model: Any, width: int, name: str) -> None:
     use_gated_products(base)
     batch = collate(tokens, (0, 1, 2)).to(base.device)
     try:
-        ours_TV = head_of(model, width).logits(final_hidden(model, batch))
+        hidden_TH = final_hidden(model, batch)
+        with gathered(list(base.get_output_embeddings().parameters())):
+            ours_TV = head_of(model, width).logits(hidden_TH)
     except (TypeError, AssertionError) as error:
         raise UserError(name, f"its attention cannot be packed ({error})", UNKNOWN) from error
     tolerance = 1e-3 if own[0].dtype == torch.float32 else 2.0**-6

@@ -36,6 +36,11 @@ def linear_modules(model: Any, *, head: bool = False) -> dict[str, Any]:
     }
 
 
+def shape_of(weight: Any) -> tuple[int, ...]:
+    """The whole parameter's, where ZeRO-3 holds it in pieces."""
+    return tuple(getattr(weight, "ds_shape", weight.shape))
+
+
 def expert_parameters(model: Any) -> dict[str, Any]:
     """Weights of all experts of a layer in one parameter (E, O, I), by full name: gate_up_proj and down_proj of
     Mixtral, Qwen-MoE, OLMoE and DeepSeek. Transposed ones, and those with biases, are left out."""
@@ -154,7 +159,7 @@ def check_inside_layers(model: Any, names: Sequence[str]) -> None:
 def check_rank(model: Any, names: Sequence[str], rank: int) -> None:
     """Raise UserError when the rank exceeds the narrower side of an adapted module."""
     weights = matrices(model, head=True)
-    sides = {name: min(weights[name].shape[-2:]) for name in names}
+    sides = {name: min(shape_of(weights[name])[-2:]) for name in names}
     narrowest = min(sides, key=lambda name: sides[name])
     if rank > sides[narrowest]:
         raise UserError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -9,7 +12,8 @@ from torch import Tensor
 
 from recovery.batches import Batch
 from recovery.head import Head
-from recovery.models import final_hidden, head_of
+from recovery.models import causal_lm, final_hidden, head_of
+from recovery.partition import gathered
 from recovery.targets import DenseTargets, NoTargets, Targets
 
 
@@ -36,9 +40,13 @@ class DenseTeacher(TeacherSignal, Protocol):
 class OnlineTeacher:
     """The reference's forward beside the student's: no gradient, no logits kept."""
 
-    def __init__(self, reference: Any, width: int) -> None:
-        self._reference = reference
-        self.head = head_of(reference, width)
+    def __init__(self, reference: Any, width: int, hidden: Callable[[Batch], Tensor] | None = None) -> None:
+        """hidden: batch to final hidden states, where the reference is partitioned over the ranks; its head is then
+        held whole on each of them."""
+        self._hidden = hidden or partial(final_hidden, reference)
+        with gathered(list(causal_lm(reference).get_output_embeddings().parameters())):
+            head = head_of(reference, width)
+            self.head = head if hidden is None else replace(head, weight_VH=head.weight_VH.clone())
 
     def fetch(self, rows: tuple[int, ...]) -> tuple[Tensor, ...]:  # noqa: ARG002 - nothing lies on disk
         return ()
@@ -47,7 +55,7 @@ class OnlineTeacher:
     def targets(self, batch: Batch, fetched: tuple[Tensor, ...] = ()) -> DenseTargets:  # noqa: ARG002 - see fetch
         if not len(batch.loss_N):
             return DenseTargets(self.head.weight_VH[:0], self.head)
-        return DenseTargets(final_hidden(self._reference, batch)[batch.loss_N], self.head)
+        return DenseTargets(self._hidden(batch)[batch.loss_N], self.head)
 
 
 class NoTeacher:

@@ -31,19 +31,22 @@ from recovery.adapters import adapter_parameters
 from recovery.artifacts import Workspace, read_manifest
 from recovery.batches import Step, collate, idle_share, plan_epoch
 from recovery.checkpoint import load_checkpoint, save_checkpoint
-from recovery.config import Train, TrainJob
+from recovery.config import ModelInput, Train, TrainJob
 from recovery.corpus import Tokens, read_split
-from recovery.engine import Engine, Student, start_distributed
+from recovery.engine import Engine, Student, engine_config, forward_only, start_distributed
 from recovery.errors import Unavailable, UserError
 from recovery.feed import Prepared, prepared, teachers
 from recovery.files import write_atomic
 from recovery.learner import compile_layers, make_learner, save_learner
 from recovery.measure import HeldOut, Measurement
 from recovery.models import causal_lm, check_training_path, device, head_of, load_model, share_equal
+from recovery.partition import held_bytes, partitioned_loading, shape_bytes
+from recovery.placement import expert_parameters, skeleton
 from recovery.progress import progress
+from recovery.sources import check_packing
 from recovery.stage import run_stage
 from recovery.stopping import Stopping
-from recovery.teacher import TeacherSignal
+from recovery.teacher import OnlineTeacher, TeacherSignal
 from recovery.texts import read_texts
 from recovery.tracking import Tracker
 from recovery.watch import HELD_OUT, Watch, advice, held_out_lines, line_of
@@ -108,30 +111,52 @@ class Taken:
     norm: Tensor | float
 
 
+def is_zero3(job: TrainJob) -> bool:
+    return job.deepspeed.get("zero_optimization", {}).get("stage") == 3
+
+
+def may_be_in_pieces(model: ModelInput) -> bool:
+    """Whether ZeRO-3 may partition it while it is read: packed weights are unpacked whole, and PEFT looks at the shape
+    of experts' parameters. Such models are partitioned afterwards."""
+    bare = skeleton(model.path, model.revision)
+    return not check_packing(model.path, bare.config) and not expert_parameters(bare)
+
+
 def set_up(job: TrainJob, folder: Path, rank: int, ranks: int, tracker: Tracker) -> Run:
     corpus = read_texts(job)
     tokens, width = corpus.train, corpus.width
     texts = {"held_out": corpus.held_out}
     if job.contexts is not None:
         texts["contexts"] = read_split(job.contexts.path, "held_out")
-    degraded = load_model(job.degraded, job.dtype)
-    reference = None if job.cache is not None else load_model(job.reference, job.dtype)
-    if reference is not None and job.train.parameters == "adapters":
+    in_pieces = ranks > 1 and is_zero3(job) and all(map(may_be_in_pieces, (job.degraded, job.reference)))
+    with partitioned_loading(engine_config(job)) if in_pieces else contextlib.nullcontext():
+        degraded = load_model(job.degraded, job.dtype)
+        reference = None if job.cache is not None else load_model(job.reference, job.dtype)
+    if reference is not None and job.train.parameters == "adapters" and not in_pieces:
         shared = share_equal(degraded, reference)
         log.info("%.0f MB of weights are the same in both models and held once", shared / 1e6)
     adapted = make_learner(job, degraded)
-    check_training_path(adapted, width, "models.degraded")
     if job.train.activation_checkpointing:
         causal_lm(adapted).gradient_checkpointing_enable({"use_reentrant": False})
         adapted.train()
     if job.train.compile:
         compile_layers(adapted)
     student = Student(adapted, width)
-    if student.trainable_head and ranks > 1 and job.deepspeed.get("zero_optimization", {}).get("stage") == 3:
+    if student.trainable_head and in_pieces:
         # Ranks would gather the head as often as they have chunks of tokens, which differ.
         found = f"ZeRO-3 on {ranks} ranks, with a head that learns"
         raise UserError("train.deepspeed", found, "use zero1 or zero2, or leave the head alone")
-    teacher, measuring = teachers(job, reference, width, tokens, texts, head_of(adapted, width))
+    engine = Engine(student, job)
+    check_training_path(adapted, width, "models.degraded")
+    online = None
+    if reference is not None:
+        hidden = forward_only(reference, job) if in_pieces else None
+        check_training_path(reference, width, "models.reference")
+        online = OnlineTeacher(reference, width, hidden)
+    if in_pieces:
+        held, whole = held_bytes(adapted), sum(shape_bytes(parameter) for parameter in adapted.parameters())
+        log.info("every model is held in pieces: %.2f of the student's %.2f MB on a rank", held / 1e6, whole / 1e6)
+    teacher, measuring = teachers(job, online, width, tokens, texts, head_of(adapted, width))
     held_out = {
         name: HeldOut(text, measuring[name], device(), job.train.micro_batch_tokens, keep=job.cache is None)
         for name, text in texts.items()
@@ -145,7 +170,6 @@ def set_up(job: TrainJob, folder: Path, rank: int, ranks: int, tracker: Tracker)
     if any(step.loss_tokens == 0 for step in plan):
         raise UserError(str(job.corpus.path), "samples of one token, which carry no loss", "raise generate.max_length")
     rates = learning_rates([step.loss_tokens for step in plan], job.train)
-    engine = Engine(student, job)
     return Run(job, folder, rank, ranks, adapted, student, engine, teacher, tokens, held_out, plan, rates, tracker)
 
 
