@@ -80,7 +80,7 @@ def _on_hosts(stage: Stage, job_file: Path, cluster: Cluster, environment: dict[
         slurm = cluster.slurm
         container = ["--container-image", cluster.image] if cluster.image is not None else []
         nodes = str(slurm.nodes)
-        srun = ["srun", "--nodes", nodes, "--ntasks", nodes, "--ntasks-per-node", "1", "--kill-on-bad-exit", "1"]
+        srun = ["srun", "--nodes", nodes, "--ntasks", nodes, "--ntasks-per-node", "1", "--kill-on-bad-exit=1"]
         head = os.environ.get("SLURMD_NODENAME", "FIRST_NODE")
         torchrun = ["-m", "torch.distributed.run", "--nnodes", nodes, "--nproc-per-node", str(cluster.processes)]
         meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{head}:{cluster.master_port}"]

@@ -5,6 +5,7 @@ missing=""
 command -v ip >/dev/null 2>&1 || [ -x /usr/sbin/ip ] || missing="$missing iproute2"
 [ -x /usr/sbin/sshd ] || missing="$missing openssh-server"
 command -v pdsh >/dev/null 2>&1 || missing="$missing pdsh"
+command -v sbatch >/dev/null 2>&1 || missing="$missing slurmctld slurmd slurm-client munge"
 [ -n "$missing" ] || exit 0
 if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null 2>&1; then
     echo "missing:$missing (install them as root; the tests are skipped without)"

@@ -4,99 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from safetensors.torch import load_file
 
-from launch.recipe import Recipe
-from tests.multinode.hosts import Host, Hosts, missing
-from tests.pipeline import tiny_recipe
+from tests.multinode.hosts import Hosts
+from tests.multinode.site import HEARTBEAT_S, RUN_S, Site, is_rank, nothing_left, same_as_alone
 from tests.processes import wait_until
 
 pytestmark = pytest.mark.multinode
-HEARTBEAT_S = 10
-RUN_S = 240
-STEPS = {"epochs": 20, "evaluate_every": 60, "checkpoint_every": 4, "learning_rate": 1e-3}
-"""240 steps, about half a minute on two hosts: long enough for something to happen on the way."""
-
-
-@pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    if (reason := missing()) is not None:
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    with Hosts(tmp_path_factory.mktemp("hosts")) as made:
-        yield made
-
-
-class Site:
-    """A folder that both hosts see, with a recipe whose earlier stages are done."""
-
-    def __init__(self, folder: Path, prepared: tuple[Path, Path, Path], hosts: Hosts, **train: Any) -> None:
-        model, data, source = prepared
-        shutil.copytree(source, folder / "runs")
-        self.folder, self.hosts = folder, hosts
-        self.recipe: Recipe = tiny_recipe(model, data, train={**STEPS, **train})
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(json.loads(self.recipe.model_dump_json())))
-        self.output = folder / "output.log"
-
-    def cluster(self, *names: str, **more: Any) -> Path:
-        path = self.folder / f"{'-'.join(names) or 'here'}.yaml"
-        content = {
-            "name": path.stem,
-            "device": "cpu",
-            "nodes": list(names),
-            "heartbeat_s": HEARTBEAT_S,
-            "environment": {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"},
-            **more,
-        }
-        path.write_text(yaml.safe_dump(content))
-        return path
-
-    def arguments(self, cluster: Path, *more: str) -> tuple[str, ...]:
-        where = ("--cluster", str(cluster), "--runs-dir", str(self.folder / "runs"))
-        return ("train", str(self.folder / "recipe.yaml"), *where, *more)
-
-    def said(self) -> str:
-        return self.output.read_text()
-
-    @property
-    def adapter(self) -> Path:
-        (found,) = (self.folder / "runs" / "artifacts").glob("train-*")
-        return found
-
-    def history(self) -> list[dict[str, float]]:
-        (found,) = (self.folder / "runs" / "artifacts").glob("*train-*/history.jsonl")
-        return [json.loads(line) for line in found.read_text().splitlines() if line.endswith("}")]
-
-    def wait_for_step(self, step: int) -> None:
-        def reached() -> bool:
-            files = list((self.folder / "runs" / "artifacts").glob(".train-*/.checkpoints/step-*.json"))
-            return any(int(file.stem.removeprefix("step-")) >= step for file in files)
-
-        wait_until(reached, RUN_S)
-
-
-def equal(one: Path, other: Path) -> None:
-    """The same adapter, to the tolerance of another order of summation."""
-    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert (tensor - second[name]).norm() <= 0.02 * tensor.norm(), name
-
-
-def nothing_left(host: Host) -> bool:
-    """Whether no process but its sshd runs there."""
-    listening = 1
-    return len(host.processes()) <= listening
 
 
 def test_preflight_measures_both_hosts_and_what_lies_between(hosts: Hosts, tmp_path: Path):
@@ -115,19 +35,6 @@ def test_preflight_measures_both_hosts_and_what_lies_between(hosts: Hosts, tmp_p
     assert "NOT FIT  between hosts: all-reduce" in said
 
 
-@pytest.fixture(scope="module")
-def alone(prepared: tuple[Path, Path, Path], hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Site:
-    """The recipe trained on one host."""
-    site = Site(tmp_path_factory.mktemp("alone"), prepared, hosts)
-    assert hosts.complete(site.arguments(site.cluster()), site.output, RUN_S) == 0, site.said()
-    return site
-
-
-@pytest.fixture
-def site(prepared: tuple[Path, Path, Path], hosts: Hosts, tmp_path: Path) -> Site:
-    return Site(tmp_path, prepared, hosts)
-
-
 def start(site: Site, *more: str) -> Any:
     """Training on both hosts, until its first checkpoints are there."""
     process = site.hosts.start(*site.arguments(site.cluster("node-a", "node-b"), *more), output=site.output)
@@ -136,12 +43,6 @@ def start(site: Site, *more: str) -> Any:
     except AssertionError:
         raise AssertionError(site.said()) from None
     return process
-
-
-def same_as_alone(site: Site, alone: Site) -> None:
-    for one, other in zip(site.history(), alone.history(), strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], rel=2e-3)
-    equal(site.adapter, alone.adapter)
 
 
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
@@ -218,12 +119,3 @@ def test_a_killed_launcher_leaves_nothing_behind(hosts: Hosts, site: Site):
     process.kill()
     process.wait()
     wait_until(lambda: nothing_left(hosts.a) and nothing_left(hosts.b), HEARTBEAT_S + 10)
-
-
-def is_rank(process: int) -> bool:
-    """Whether this is one of the training processes, rather than a launcher or a watcher."""
-    try:
-        words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
-        return b"recovery.train" in words and b"deepspeed.launcher.launch" not in words and words[2:3] == [b"-m"]
-    except OSError:
-        return False
