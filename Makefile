@@ -21,8 +21,8 @@ USED := torch, deepspeed, peft, datasets, mlflow, matplotlib.pyplot, scipy.stats
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install install-vllm install-peers assets demo demo-vllm lint format test test-vllm test-multinode bench bench-client \
-        bench-generate bench-loss bench-step clean clean-venv clean-assets clean-runs
+.PHONY: help install install-vllm install-peers assets demo demo-vllm lint format test test-vllm test-multinode test-matrix bench bench-client \
+        bench-generate bench-loss bench-step bench-scaling clean clean-venv clean-assets clean-runs
 # Where it is set, every start would compile those libraries anew (20 s).
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -95,11 +95,15 @@ test: install assets lint ## lint, types and all tests, the real model included
 test-vllm: install install-vllm assets ## the server pool and the logits processor on a real vLLM: 10 minutes
 	@$(BIN)/python -m pytest -m vllm
 
-test-multinode: install ## training on two hosts of this machine: namespaces, real sshd and pdsh; wants root: 10 minutes
+test-multinode: install install-vllm assets ## training on two hosts of this machine: namespaces, real sshd and pdsh; wants root: 10 minutes
 	@tests/multinode/install.sh
-	@$(BIN)/python -m pytest -m multinode
+	@$(BIN)/python -m pytest -m 'multinode and not matrix'
 
-bench: bench-client bench-generate bench-loss bench-step ## every measurement; rows in runs/bench/summary.json
+test-matrix: install ## the same losses on every layout of ranks, ZeRO stages, teachers and hosts; wants root: 15 minutes
+	@tests/multinode/install.sh
+	@$(BIN)/python -m pytest tests/multinode/test_layouts.py -m multinode
+
+bench: bench-client bench-generate bench-loss bench-step bench-scaling ## every measurement; rows in runs/bench/summary.json
 
 bench-client: install assets ## the pool's client against 64 fake servers with faults
 	@$(BIN)/python -m tests.benchmarks.client
@@ -112,6 +116,9 @@ bench-loss: install-peers ## the loss beside its peers: processor time, memory, 
 
 bench-step: install install-peers assets ## the training step beside its peers, and the cached teachers
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.benchmarks.step
+
+bench-scaling: install assets ## weak scaling from one rank of one thread to two
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.benchmarks.scaling
 
 clean: ## remove caches
 	rm -rf .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -245,7 +245,8 @@ def serve_pool(recipe_file: Path, cluster_name: str, overrides: list[str], runs_
     pool = ServerPool(generate_job(recipe, names, cluster, runs_dir), cluster, logs)
     if dry:
         for server in pool.servers:
-            print(f"$ {shlex.join([*pool.command(), '--port', str(cluster.servers.port + server.number)])}")
+            where = "" if server.host is None else f"# on {server.host}\n"
+            print(f"{where}$ {shlex.join([*pool.command(), '--port', str(pool.own_port(server))])}")
         return EXIT_DONE
     set_up_logging("serve", logs / "serve.log")
     with pool:

@@ -20,16 +20,17 @@ FOLDER = Path(__file__).resolve().parent / "clusters"
 
 
 class LocalServers(ServerAccess):
-    """vLLM servers started on this host, one a device. `recover-lora run` starts them for as long as it needs them;
-    those that `recover-lora serve` keeps running are used as they are."""
+    """vLLM servers started on this host, or on every host of the cluster, one a device. `recover-lora run` starts them
+    for as long as it needs them; those that `recover-lora serve` keeps running are used as they are."""
 
     kind: Literal["local"] = "local"
     count: PositiveInt | Literal["auto"] = "auto"
-    """Servers, one a device. auto: one for each GPU; on a CPU two where cores and memory allow, else one."""
+    """Servers of a host, one a device. auto: one for each GPU; on a CPU two where cores and memory allow, else one."""
     python: Path = Path(".venv-vllm/bin/python")
     """The interpreter that has vLLM; of the container, on a cluster."""
     port: int = Field(default=8100, ge=1024, le=65535)
-    """Port of the first server on the loopback interface; the others follow."""
+    """Port of the first server on the loopback interface; the others follow. Those of other hosts are on the loopback
+    interface there, and are reached through ssh."""
     sequences: PositiveInt = 256
     """Sequences that one server decodes together (--max-num-seqs)."""
     cores: NonNegativeInt = 0
@@ -67,16 +68,18 @@ class LocalServers(ServerAccess):
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
         return 2 if len(os.sched_getaffinity(0)) >= 2 and memory >= 2 * (self.kv_cache_gib + CPU_SERVER_GIB) else 1
 
-    @property
-    def access(self) -> ServerAccess:
-        """How the client reaches them. A few requests more than a server decodes wait there, so that it never does."""
+    def access_of(self, hosts: int) -> ServerAccess:
+        """How the client reaches them. A few requests more than a server decodes wait there, so that it never does.
+
+        hosts: that have servers.
+        """
         fields = {name: getattr(self, name) for name in ServerAccess.model_fields}
         if "requests_per_server" not in self.model_fields_set:
             fields["requests_per_server"] = self.sequences + max(self.sequences // 8, 1)
         if "patience_s" not in self.model_fields_set:
             # A server that died is being started again, as long as that takes.
             fields["patience_s"] = max(self.patience_s, self.start_timeout_s)
-        return ServerAccess(**{**fields, "urls": tuple(self.url(number) for number in range(self.number))})
+        return ServerAccess(**{**fields, "urls": tuple(self.url(number) for number in range(self.number * hosts))})
 
 
 class ExternalServers(ServerAccess):
@@ -85,8 +88,7 @@ class ExternalServers(ServerAccess):
     kind: Literal["external"]
     urls: tuple[str, ...] = Field(min_length=1, max_length=1024)
 
-    @property
-    def access(self) -> ServerAccess:
+    def access_of(self, hosts: int) -> ServerAccess:  # noqa: ARG002 - they stand where they stand
         return ServerAccess(**{name: getattr(self, name) for name in ServerAccess.model_fields})
 
 

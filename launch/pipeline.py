@@ -53,7 +53,7 @@ def run_stage_process(stage: Stage, run_folder: Path, cluster: Cluster, argument
             return process.wait()
         except KeyboardInterrupt:
             with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGINT)
+                process.send_signal(signal.SIGTERM)  # training saves first
             process.wait()
             return EXIT_INTERRUPTED
 

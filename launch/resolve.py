@@ -204,7 +204,8 @@ def generate_job(
         raise UserError(
             "generate.engine", f"vllm, but cluster {cluster.name} has no servers", "give its file a `servers` section"
         )
-    return job.model_copy(update={"runtime": job.runtime.model_copy(update={"servers": cluster.servers.access})})
+    access = cluster.servers.access_of(len(cluster.hosts) or 1)
+    return job.model_copy(update={"runtime": job.runtime.model_copy(update={"servers": access})})
 
 
 def partition_stage(recipe: Recipe, names: Names, cluster: Cluster, runs_dir: Path, partition: Partition) -> Stage:

@@ -1,4 +1,4 @@
-"""The pool of vLLM servers of a cluster: one a device, each a process group of its own.
+"""The pool of vLLM servers of a cluster: one a device of every host, each a process group of its own.
 
 Started, waited for, started again when one dies (a bounded number of times), and ended: only those started here.
 """
@@ -6,8 +6,10 @@ Started, waited for, started again when one dies (a bounded number of times), an
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -22,6 +24,7 @@ from types import TracebackType
 
 from datagen.config import GenerateJob
 from launch.cluster import Cluster, LocalServers, uses_gpu
+from launch.distributed import SSH_OPTIONS, passed_on
 from recovery.artifacts import REPOSITORY
 from recovery.errors import Unavailable, UserError
 from recovery.progress import progress
@@ -40,6 +43,9 @@ class Process:
     """One server. process: None where it was running before us."""
 
     number: int
+    """Of its host's servers."""
+    host: str | None
+    """None: this one."""
     url: str
     log: Path
     process: subprocess.Popen[bytes] | None = None
@@ -63,6 +69,11 @@ def visible_device(variable: str, number: int) -> str:
     return visible[number] if number < len(visible) else str(number)
 
 
+def port_of(server: Process) -> int:
+    """On this host's loopback interface."""
+    return int(server.url.rpartition(":")[2])
+
+
 class ServerPool:
     """with ServerPool(job, cluster, logs): ... the servers answer here
 
@@ -74,9 +85,10 @@ class ServerPool:
         assert isinstance(cluster.servers, LocalServers)
         self._job, self._cluster, self._settings, self._logs = job, cluster, cluster.servers, logs
         self._on_gpu = uses_gpu(cluster)
+        places = [(host, number) for host in cluster.hosts or (None,) for number in range(self._settings.number)]
         self.servers = [
-            Process(number, self._settings.url(number), logs / f"server-{number}.log")
-            for number in range(self._settings.number)
+            Process(number, host, self._settings.url(index), logs / f"server-{index}.log")
+            for index, (host, number) in enumerate(places)
         ]
         self._stopping = threading.Event()
         self._failure: Exception | None = None
@@ -117,7 +129,7 @@ class ServerPool:
         return REPOSITORY / self._settings.python
 
     def environment(self, number: int) -> dict[str, str]:
-        """One device, one share of the cores, and the key, for one server."""
+        """One device, one share of the cores, and the key, for one server; beside what its host has."""
         settings = self._settings
         own: dict[str, str] = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         if self._on_gpu:
@@ -134,9 +146,8 @@ class ServerPool:
             own["VLLM_API_KEY"] = key
         # The logits processor is imported from this checkout. Where it is set, every start would compile vLLM anew.
         paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
-        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         own["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        return {**inherited, **own, **self._cluster.environment, **settings.environment}
+        return {**own, **self._cluster.environment, **settings.environment}
 
     def cores(self, number: int) -> list[int]:
         """The cores of one CPU server: its share of those that this process may use."""
@@ -144,6 +155,10 @@ class ServerPool:
         share = self._settings.cores or max(len(available) // self._settings.number, 1)
         first = number * share % len(available)
         return available[first : first + share]
+
+    def own_port(self, server: Process) -> int:
+        """On its own host's loopback interface. Behind those of this host, which may be the same one."""
+        return port_of(server) if server.host is None else self._settings.port + len(self.servers) + server.number
 
     # ---- their life ----
 
@@ -176,7 +191,7 @@ class ServerPool:
                 "servers.python", f"no file {self.python}", "`make install-vllm` makes .venv-vllm, or name another"
             )
         for server in servers:
-            port = self._settings.port + server.number
+            port = port_of(server)
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
@@ -188,17 +203,37 @@ class ServerPool:
 
     def _start(self, server: Process) -> None:
         self._logs.mkdir(parents=True, exist_ok=True)
-        port = str(self._settings.port + server.number)
+        port = self.own_port(server)
+        command, environment = [*self.command(), "--port", str(port)], self.environment(server.number)
         guard = [sys.executable, "-m", "launch.guard", str(os.getpid())]
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        words = b""
+        if server.host is not None:
+            # Its port becomes one of this host's loopback interface: nothing is open to the network.
+            tunnel = ["-o", "ExitOnForwardFailure=yes", "-L", f"127.0.0.1:{port_of(server)}:127.0.0.1:{port}"]
+            remote = shlex.join(["env", f"PYTHONPATH={REPOSITORY}", sys.executable, "-m", "launch.remote"])
+            there = {**passed_on(self._cluster), **environment}
+            words = json.dumps({"command": command, "environment": there}).encode() + b"\n"
+            command = ["ssh", *SSH_OPTIONS, *tunnel, server.host, f"cd {shlex.quote(str(REPOSITORY))} && exec {remote}"]
+            environment = {}
         with server.log.open("ab") as output:
             server.process = subprocess.Popen(
-                [*guard, *self.command(), "--port", port],
-                env=self.environment(server.number),
-                stdin=subprocess.DEVNULL,
+                [*guard, *command],
+                env={**inherited, **environment},
+                stdin=subprocess.PIPE if words else subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        self._say(server, words)
+
+    @staticmethod
+    def _say(server: Process, words: bytes) -> None:
+        """To a server's host, which ends it when nothing comes any more."""
+        if server.process is not None and server.process.stdin is not None:
+            with contextlib.suppress(OSError):  # it has died, which is seen elsewhere
+                server.process.stdin.write(words)
+                server.process.stdin.flush()
 
     def _wait_for(self, servers: list[Process]) -> None:
         """Until all are healthy. Raises Unavailable with the last lines of the log of one that is not."""
@@ -227,6 +262,7 @@ class ServerPool:
         """Start a dead server again, up to max_restarts times; one that is given up leaves the others to work on."""
         while not self._stopping.wait(POLL_S):
             for server in self.servers:
+                self._say(server, b"\n")
                 if server.process is None or server.given_up or server.process.poll() is None:
                     continue
                 # One that never came up would only fail the same way again.

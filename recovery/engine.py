@@ -112,7 +112,8 @@ def forward_only(model: Any, job: TrainJob) -> Callable[[Batch], Tensor]:
     import deepspeed
 
     engine: Any = deepspeed.initialize(model=_Reader(model), config=engine_config(job))[0]
-    return engine.eval()
+    engine.eval()  # which returns nothing, unlike a module's
+    return engine
 
 
 def engine_config(job: TrainJob) -> dict[str, Any]:

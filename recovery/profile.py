@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from recovery import heartbeat
 from recovery.config import TrainJob
 from recovery.engine import start_distributed
 from recovery.errors import EXIT_DONE
@@ -26,10 +27,12 @@ from recovery.train import look, set_up, train_step
 
 PHASES = ("data", "teacher", "student", "loss", "backward", "optimizer")
 """As train_step, Student and Engine name them; backward holds no forward, loss has its three products."""
+COLLECTIVES = ("gloo:", "nccl:")
+"""How torch names the work of a process group."""
 
 
 def measure(job: TrainJob, folder: Path, steps: int) -> str:
-    """Profile `steps` steps after one for warming up; returns the table that was written."""
+    """Profile `steps` steps after one for warming up; returns the table that rank 0 has written, empty on others."""
     rank, ranks = start_distributed()
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
@@ -47,11 +50,23 @@ def measure(job: TrainJob, folder: Path, steps: int) -> str:
             look(run)
         feed.close()
         tokens = sum(step.loss_tokens for step in run.plan[1 : steps + 1])
+    if rank:
+        return ""
     folder.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(folder / "trace.json"))
     table = _table(profiler, steps, tokens)
     write_atomic(folder / "profile.txt", table)
     return table
+
+
+def communication_share(profiler: Any, seconds: float) -> float:
+    """Share of `seconds` that this rank spent in collectives, waiting for others included."""
+    spent = sum(
+        max(event.device_time_total, event.cpu_time_total)
+        for event in profiler.key_averages()
+        if event.key.startswith(COLLECTIVES)
+    )
+    return spent / 1e6 / seconds
 
 
 def _table(profiler: Any, steps: int, tokens: int) -> str:
@@ -64,6 +79,7 @@ def _table(profiler: Any, steps: int, tokens: int) -> str:
         if phase in found:
             spent = getattr(found[phase], field)
             lines.append(f"{phase:<10} {spent / 1e6 / steps:8.3f} s a step {spent / whole:7.1%}")
+    lines.append(f"{'between ranks':<10} {communication_share(profiler, whole / 1e6):14.1%}")
     operators = sorted(
         (event for event in averages if event.key not in (*PHASES, "step")),
         key=lambda event: -event.self_cpu_time_total,
@@ -87,7 +103,11 @@ def main() -> int:
         job: TrainJob = TrainJob.from_file(given.job)
         set_up_logging("profile")
         check_inputs(job)
-        print(measure(job, given.folder, given.steps), end="")
+        table = measure(job, given.folder, given.steps)
+        heartbeat.leave("done")
+        if not table:
+            return EXIT_DONE
+        print(table, end="")
         print(f"\n{given.folder / 'profile.txt'}\n{given.folder / 'trace.json'}   (open in https://ui.perfetto.dev)")
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every error gets its exit code here
         return exit_code_of(error)

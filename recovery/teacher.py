@@ -43,7 +43,8 @@ class OnlineTeacher:
     def __init__(self, reference: Any, width: int, hidden: Callable[[Batch], Tensor] | None = None) -> None:
         """hidden: batch to final hidden states, where the reference is partitioned over the ranks; its head is then
         held whole on each of them."""
-        self._hidden = hidden or partial(final_hidden, reference)
+        self._hidden = partial(final_hidden, reference) if hidden is None else hidden
+        self._in_pieces = hidden is not None  # then every rank runs every layer, whether it needs it or not
         with gathered(list(causal_lm(reference).get_output_embeddings().parameters())):
             head = head_of(reference, width)
             self.head = head if hidden is None else replace(head, weight_VH=head.weight_VH.clone())
@@ -53,7 +54,7 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def targets(self, batch: Batch, fetched: tuple[Tensor, ...] = ()) -> DenseTargets:  # noqa: ARG002 - see fetch
-        if not len(batch.loss_N):
+        if not len(batch.loss_N) and not self._in_pieces:
             return DenseTargets(self.head.weight_VH[:0], self.head)
         return DenseTargets(self._hidden(batch)[batch.loss_N], self.head)
 

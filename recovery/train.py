@@ -142,7 +142,7 @@ def set_up(job: TrainJob, folder: Path, rank: int, ranks: int, tracker: Tracker)
     if job.train.compile:
         compile_layers(adapted)
     student = Student(adapted, width)
-    if student.trainable_head and in_pieces:
+    if student.trainable_head and is_zero3(job) and ranks > 1:
         # Ranks would gather the head as often as they have chunks of tokens, which differ.
         found = f"ZeRO-3 on {ranks} ranks, with a head that learns"
         raise UserError("train.deepspeed", found, "use zero1 or zero2, or leave the head alone")

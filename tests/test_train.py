@@ -269,7 +269,7 @@ def test_two_ranks_take_the_same_steps_as_one(
     """Through torchrun; an odd number of micro-batches leaves one rank without one now and then."""
     if not zero.startswith("zero"):
         zero = partitioned(tmp_path)
-    settings: dict[str, Any] = {"epochs": 1, "batch_tokens": 320, "micro_batch_tokens": 100, "deepspeed": zero}
+    settings: dict[str, Any] = {"epochs": 1, "batch_tokens": 320, "micro_batch_tokens": 160, "deepspeed": zero}
     settings |= {"parameters": learns, "learning_rate": 1e-2 if learns == "adapters" else 1e-3}
     alone = train_with(prepared, tmp_path / "a", None, **settings)
     model, data, source = prepared

@@ -26,11 +26,11 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 @pytest.fixture(scope="session")
 def alone(prepared: tuple[Path, Path, Path], hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Site:
     """The recipe trained on one host."""
-    site = Site(tmp_path_factory.mktemp("alone"), prepared, hosts)
+    site = Site.make(tmp_path_factory.mktemp("alone"), prepared, hosts)
     assert hosts.complete(site.arguments(site.cluster()), site.output, RUN_S) == 0, site.said()
     return site
 
 
 @pytest.fixture
 def site(prepared: tuple[Path, Path, Path], hosts: Hosts, tmp_path: Path) -> Site:
-    return Site(tmp_path, prepared, hosts)
+    return Site.make(tmp_path, prepared, hosts)

@@ -11,7 +11,6 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from launch.recipe import Recipe
 from tests.multinode.hosts import Host, Hosts
 from tests.pipeline import tiny_recipe
 from tests.processes import wait_until
@@ -25,13 +24,30 @@ STEPS = {"epochs": 20, "evaluate_every": 60, "checkpoint_every": 4, "learning_ra
 class Site:
     """A folder that both hosts see, with a recipe whose earlier stages are done."""
 
-    def __init__(self, folder: Path, prepared: tuple[Path, Path, Path], hosts: Hosts, **train: Any) -> None:
+    def __init__(self, folder: Path, hosts: Hosts) -> None:
+        self.folder, self.hosts = folder, hosts
+        self.output = folder / "output.log"
+
+    @classmethod
+    def make(
+        cls,
+        folder: Path,
+        prepared: tuple[Path, Path, Path],
+        hosts: Hosts,
+        teacher: dict[str, Any] | None = None,
+        **train: Any,
+    ) -> Site:
+        """train: fields of the recipe's section, beside STEPS."""
         model, data, source = prepared
         shutil.copytree(source, folder / "runs")
-        self.folder, self.hosts = folder, hosts
-        self.recipe: Recipe = tiny_recipe(model, data, train={**STEPS, **train})
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(json.loads(self.recipe.model_dump_json())))
-        self.output = folder / "output.log"
+        recipe = tiny_recipe(model, data, teacher=teacher or {"kind": "online"}, train={**STEPS, **train})
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(json.loads(recipe.model_dump_json())))
+        return cls(folder, hosts)
+
+    def copy(self, folder: Path) -> Site:
+        """As it is now, somewhere else."""
+        shutil.copytree(self.folder, folder, symlinks=True)
+        return Site(folder, self.hosts)
 
     def cluster(self, *names: str, **more: Any) -> Path:
         path = self.folder / f"{'-'.join(names) or 'here'}.yaml"

@@ -49,7 +49,7 @@ def start(site: Site, *more: str) -> Any:
 def test_two_hosts_make_the_same_adapter_as_one(
     prepared: tuple[Path, Path, Path], hosts: Hosts, alone: Site, tmp_path: Path, zero: str
 ):
-    site = Site(tmp_path, prepared, hosts, deepspeed=zero)
+    site = Site.make(tmp_path, prepared, hosts, deepspeed=zero)
     assert hosts.complete(site.arguments(site.cluster("node-a", "node-b")), site.output, RUN_S) == 0, site.said()
     manifest = json.loads((site.adapter / "manifest.json").read_text())
     assert manifest["details"]["ranks"] == 2
