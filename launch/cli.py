@@ -226,7 +226,7 @@ def profile_training(recipe_file: Path, cluster_name: str, overrides: list[str],
     if absent := missing_inputs(stage, stages):
         raise UserError("--profile", f"needs {', '.join(absent)}, not finished", "run these first")
     run_folder = runs_dir / recipe.name
-    folder = str(run_folder / "profile")
+    folder = str((run_folder / "profile").resolve())
     return run_stage_process(replace(stage, module="recovery.profile"), run_folder, cluster, (folder,))
 
 

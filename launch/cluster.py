@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -123,7 +124,8 @@ class Hardware(Config):
     disk_free_gib: PositiveFloat | None = 10.0
 
 
-HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?$")]
+HOST_NAME = r"^[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?$"
+HostName = Annotated[str, Field(pattern=HOST_NAME)]
 
 
 class Cluster(Config):
@@ -186,8 +188,8 @@ def read_hostfile(path: Path, processes: int) -> tuple[str, ...]:
     for number, line in enumerate(lines, 1):
         if not (content := line.partition("#")[0].strip()):
             continue
-        host, _, slots = content.partition(" ")
-        if slots.replace(" ", "") != f"slots={processes}":
+        host, *slots = content.split(None, 1)
+        if "".join(slots).replace(" ", "") != f"slots={processes}" or not re.fullmatch(HOST_NAME, host):
             raise UserError(
                 f"{path}, line {number}", content, f"write `{host} slots={processes}`, as the cluster's processes"
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import re
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -90,13 +91,17 @@ def _on_hosts(stage: Stage, job_file: Path, cluster: Cluster, environment: dict[
     hosts = cluster.hosts
     hostfile, exports = job_file.with_suffix(".hostfile"), job_file.with_suffix(".deepspeed_env")
     files[hostfile] = "".join(f"{host} slots={cluster.processes}\n" for host in hosts)
-    # Its parser takes lines of NAME=value alone, and hands them to a shell as they are.
-    files[exports] = "".join(f"{name}={shlex.quote(value)}\n" for name, value in sorted(environment.items()))
+    # Its parser takes lines of NAME=value alone; what is not plain it puts between double quotes for a shell.
+    files[exports] = "".join(f"{name}={_between_quotes(value)}\n" for name, value in sorted(environment.items()))
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--force_multi"]
     master = ["--master_addr", hosts[0], "--master_port", str(cluster.master_port)]
     command = [*launcher, *master, "--no_ssh_check", "--no_local_rank", "--log_level", "warning", *what]
     own = {"DS_ENV_FILE": str(exports), "PDSH_SSH_ARGS_APPEND": shlex.join(SSH_OPTIONS)}
     return Start(command, own, files, stop_file)
+
+
+def _between_quotes(value: str) -> str:
+    return re.sub(r'([\\"$`])', r"\\\1", value)
 
 
 def passed_on(cluster: Cluster) -> dict[str, str]:
@@ -115,5 +120,9 @@ def environment_of(start: Start, cluster: Cluster) -> dict[str, str]:
         return {**os.environ, **start.environment}
     # The launcher would put them on the command lines of all hosts (MLFLOW_*); there they come from the file.
     hidden = passed_on(cluster)
-    own = {name: value for name, value in os.environ.items() if name not in hidden and name != LAUNCHER}
+    own = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in hidden and name != LAUNCHER and not name.startswith("MLFLOW_")
+    }
     return {**own, **start.environment}

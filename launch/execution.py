@@ -82,11 +82,12 @@ class Plan:
             set_up_logging("run", self.run_folder / "logs" / "run.log")
             tracking = start_run(self.recipe, self.runs_dir, parent)
             stages = [stage.tracked_by(tracking) for stage in stages]
+        cluster = self.cluster
         for stage in stages:
             # Looked at again: a stage before it may just have been made anew, from which this one was not made.
             if not is_finished(stage, memory):
-                with servers_for(stage.job, self.cluster, self.run_folder / "logs"):
-                    code = self._run_stage(stage, max_restarts if stage.distributed else 0)
+                with servers_for(stage.job, cluster, self.run_folder / "logs"):
+                    code, cluster = self._run_stage(stage, cluster, max_restarts if stage.distributed else 0)
                 if code != EXIT_DONE:
                     # Launchers have codes of their own, and a killed stage's is negative.
                     return code if code in (EXIT_USER, EXIT_INTERRUPTED) else EXIT_FAILED
@@ -96,12 +97,12 @@ class Plan:
         memory.save()
         return EXIT_DONE
 
-    def _run_stage(self, stage: Stage, restarts: int) -> int:
-        cluster = self.cluster
+    def _run_stage(self, stage: Stage, cluster: Cluster, restarts: int) -> tuple[int, Cluster]:
+        """The exit code, and what is left of the cluster."""
         for number in range(restarts + 1):
             code = run_stage_process(stage, self.run_folder, cluster)
             if code in (EXIT_DONE, EXIT_USER, EXIT_INTERRUPTED) or number == restarts:
-                return code
+                return code, cluster
             if cluster.hosts:
                 cluster = reachable_part(cluster)
             log.warning("%s failed (code %d); start %d of %d", stage.label, code, number + 1, restarts)

@@ -42,6 +42,8 @@ def run_stage_process(stage: Stage, run_folder: Path, cluster: Cluster, argument
     job_file = job_file_of(stage, run_folder)
     job_file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(job_file, stage.job.to_json())
+    if stage.distributed and cluster.slurm is not None and "SLURMD_NODENAME" not in os.environ:
+        raise UserError("--cluster", f"{cluster.name} is for a Slurm batch job", "`recover-lora run` submits one")
     start = start_of(stage, job_file, cluster)
     for path, content in start.files.items():
         write_atomic(path, content, private=True)

@@ -18,7 +18,7 @@ from typing import Any
 from launch.cluster import Cluster
 from launch.distributed import SSH_OPTIONS, base_environment
 from recovery.artifacts import REPOSITORY
-from recovery.errors import EXIT_DONE, EXIT_FAILED, Unavailable
+from recovery.errors import EXIT_DONE, EXIT_FAILED, Unavailable, UserError
 
 PROBE_S = 100.0
 CLOCK_SKEW_S = 1.0
@@ -45,7 +45,13 @@ def on_host(host: str, command: Sequence[str], environment: dict[str, str]) -> l
 
 
 def preflight(cluster: Cluster, runs_dir: Path, models: list[str]) -> Report:
-    """Look at every host. models: folders that all must see. Raises Unavailable where no host answers."""
+    """Look at every host. models: folders that all must see.
+
+    Raises Unavailable where no host answers, UserError for Slurm, whose hosts are not known before they are given.
+    """
+    if cluster.slurm is not None:
+        found = f"cluster {cluster.name} is a Slurm allocation, whose hosts are not known yet"
+        raise UserError("--cluster", found, "in an allocation, give a cluster file with its `nodes`")
     began = time.monotonic()
     hosts = cluster.hosts or (HERE,)
     environment = base_environment(cluster)
@@ -98,8 +104,10 @@ def measure_network(cluster: Cluster, hosts: Sequence[str], environment: dict[st
     meeting += ["--master-addr", master, "--master-port", str(cluster.master_port)]
     started = []
     for number, host in enumerate(hosts):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", *meeting, "--node-rank", str(number)]
-        command = on_host(host, [*torchrun, "--module", "launch.probe"], environment)
+        # On every host its own end: an ssh that is ended here leaves what it started there.
+        torchrun = ["timeout", "-k", "5", f"{PROBE_S:.0f}", sys.executable, "-m", "torch.distributed.run"]
+        rank = ["--node-rank", str(number), "--module", "launch.probe"]
+        command = on_host(host, [*torchrun, *meeting, *rank], {**environment, "NCCL_DEBUG": "WARN"})
         own = {**os.environ, **environment}
         started.append(
             subprocess.Popen(
@@ -107,7 +115,7 @@ def measure_network(cluster: Cluster, hosts: Sequence[str], environment: dict[st
             )
         )
     try:
-        outputs = [process.communicate(timeout=PROBE_S) for process in started]
+        outputs = [process.communicate(timeout=PROBE_S + 10) for process in started]
     except subprocess.TimeoutExpired:
         report.faults.append(f"the network's measurement did not end within {PROBE_S:.0f} s")
         return

@@ -8,6 +8,7 @@ Prints one line of JSON. As one of several ranks, which torchrun started, it mea
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -115,11 +117,14 @@ def tracking(uri: str | None) -> str | None:
     if uri is None or not uri.startswith("http"):
         return None
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10):
+        parts = urllib.parse.urlsplit(uri)
+        # Without a name and password in it: the server is there whether it lets us in or not.
+        bare = parts._replace(netloc=parts.netloc.rpartition("@")[2], path=f"{parts.path.rstrip('/')}/health")
+        with urllib.request.urlopen(urllib.parse.urlunsplit(bare), timeout=10):
             return None
     except urllib.error.HTTPError as error:
-        return None if error.code in (401, 403, 404) else f"HTTP {error.code}"  # it is there
-    except (OSError, ValueError) as error:
+        return None if error.code in (401, 403, 404) else f"HTTP {error.code}"
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return type(error).__name__
 
 

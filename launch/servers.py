@@ -300,6 +300,10 @@ class ServerPool:
             self._thread.join()
         own = [server.process for server in self.servers if server.process is not None]
         for process in own:
+            if process.stdin is not None:  # of another host, which ends it, and ssh with it
+                with contextlib.suppress(OSError):
+                    process.stdin.close()
+                continue
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + STOP_S

@@ -36,7 +36,8 @@ def batch_script(plan: Plan, command: list[str] | None = None) -> str:
         f"--signal=B:TERM@{slurm.notice_s}",
         *slurm.arguments,
     ]
-    again = [sys.executable, "-m", "launch.cli", *sys.argv[1:]] if command is None else command
+    typed = [argument for argument in sys.argv[1:] if argument != "--dry-run"]
+    again = [sys.executable, "-m", "launch.cli", *typed] if command is None else command
     lines = [
         "#!/usr/bin/env bash",
         *(f"#SBATCH {setting}" for setting in settings),

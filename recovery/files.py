@@ -38,9 +38,10 @@ def write_atomic(path: Path, data: bytes | memoryview | str, *, private: bool = 
     payload = data.encode() if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        if private:
+            temporary.unlink(missing_ok=True)  # one with other rights would keep them
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o600))
         with temporary.open("wb") as stream:
-            if private:
-                os.fchmod(stream.fileno(), 0o600)
             stream.write(payload)
             stream.flush()
             os.fsync(stream.fileno())

@@ -32,6 +32,7 @@ LIMIT_VARIABLE = "RECOVER_LORA_HEARTBEAT_S"
 DEFAULT_LIMIT_S = 30.0
 PATIENCE = 0.8  # share of the limit after which a rank is missing; the rest is for ending the others
 BEAT_S = 1.0
+START_S = 600.0  # for all to come, as long as a process group waits for its members
 GRACE_S = 5.0  # for the others to end by themselves when a rank failed with an error of its own
 Leaving = Literal["done", "failed", "interrupted"]
 LEAVINGS: tuple[Leaving, ...] = ("done", "failed", "interrupted")
@@ -62,6 +63,8 @@ class Member:
     host: str = "?"
     last: float = field(default_factory=time.monotonic)
     """When it was last known to live."""
+    seen: bool = False
+    """Whether its watcher has come yet: ranks start minutes apart where libraries load slowly."""
     left: Leaving | Literal["killed"] | None = None
 
 
@@ -125,7 +128,9 @@ def start(rank: int, ranks: int) -> None:
     speaks = int(os.environ.get("LOCAL_RANK", "0")) == 0
 
     def settings(key: str, hub: tuple[str, int] | None) -> Settings:
-        return Settings(key, rank, ranks, socket.gethostname(), os.getppid(), hub, address, limit_s, speaks)
+        # A host may know itself by an address that others cannot reach (127.0.1.1); strangers lack the key.
+        bind = "127.0.0.1" if local >= ranks else ""
+        return Settings(key, rank, ranks, socket.gethostname(), os.getppid(), hub, bind, limit_s, speaks)
 
     shared: list[tuple[str, int] | None] = [None]
     if rank == 0:
@@ -211,7 +216,8 @@ class Hub:
                 if not hmac.compare_digest(str(content["key"]), self._settings.key):
                     return False
                 self._ranks[connection] = int(content["rank"])
-                self._members[int(content["rank"])].host = str(content["host"])
+                member = self._members[int(content["rank"])]
+                member.host, member.seen, member.last = str(content["host"]), True, time.monotonic()
                 return True
             member = self._members[self._ranks[connection]]
             member.last = time.monotonic() - float(content["silent_s"])
@@ -231,8 +237,9 @@ class Hub:
                 return f"{name} was killed"
             if member.left in ("failed", "interrupted") and now - member.last > GRACE_S:
                 return f"{name} {'failed' if member.left == 'failed' else 'was interrupted'}"
-            if member.left is None and now - member.last > limit_s:
-                return f"{name} has not answered for {limit_s:.0f} s"
+            patience_s = limit_s if member.seen else max(limit_s, START_S)
+            if member.left is None and now - member.last > patience_s:
+                return f"{name} has not answered for {patience_s:.0f} s"
         return None
 
     def _tell(self, message: str) -> None:
@@ -266,10 +273,11 @@ class Watcher:
         except OSError as error:
             why = f"the host of rank 0 no longer answers ({error.strerror or error})"
         if why is not None and self._left is None:
-            if self._settings.speaks:
-                print(f"error: {why}; ending the ranks on {self._settings.host}", file=sys.stderr, flush=True)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._rank, signal.SIGKILL)
+            if self._settings.speaks:
+                with contextlib.suppress(OSError):  # the launcher that would have read it is gone
+                    print(f"error: {why}; ending the ranks on {self._settings.host}", file=sys.stderr, flush=True)
 
     def _round(self, connection: socket.socket) -> str | None:
         """One beat: listen to the rank and the hub, tell the hub. Returns why the rank is to end, or None."""
@@ -338,7 +346,7 @@ def main() -> None:
     if address is None:
         hub = Hub(settings)
         print(hub.port, flush=True)
-        address = (settings.bind, hub.port)
+        address = ("127.0.0.1", hub.port)
         thread = threading.Thread(target=hub.run)
         thread.start()
     Watcher(settings).run(address)

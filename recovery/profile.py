@@ -110,7 +110,9 @@ def main() -> int:
         print(table, end="")
         print(f"\n{given.folder / 'profile.txt'}\n{given.folder / 'trace.json'}   (open in https://ui.perfetto.dev)")
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every error gets its exit code here
-        return exit_code_of(error)
+        code = exit_code_of(error)
+        heartbeat.leave("failed")
+        return code
     return EXIT_DONE
 
 

@@ -6,6 +6,7 @@ import argparse
 import errno
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -138,6 +139,19 @@ def _end_with(launcher: int) -> None:
     os._exit(EXIT_FAILED)
 
 
+def _watch_from_elsewhere(stop_file: Path) -> None:
+    """What reaches a process on another host: the stop file, as SIGTERM, and the end of what started it there."""
+    agent, asked = os.getppid(), False
+    errors = select.poll()
+    errors.register(2, select.POLLERR)
+    while os.getppid() == agent and not any(event & (select.POLLERR | select.POLLHUP) for _, event in errors.poll(0)):
+        if not asked and stop_file.exists():
+            asked = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+    os._exit(EXIT_FAILED)
+
+
 def _is_alive(process: int) -> bool:
     status = Path(f"/proc/{process}/stat")
     try:
@@ -164,6 +178,8 @@ def run_stage(
     arguments = parser.parse_args()
     if launcher := os.environ.get(LAUNCHER):
         threading.Thread(target=_end_with, args=(int(launcher),), daemon=True).start()
+    if stop_file := os.environ.get(STOP_VARIABLE):
+        threading.Thread(target=_watch_from_elsewhere, args=(Path(stop_file),), daemon=True).start()
     # A scheduler's SIGTERM ends a stage as Ctrl-C does: files closed, locks released, finished pieces kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = EXIT_DONE

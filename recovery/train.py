@@ -306,6 +306,7 @@ def train(run: Run, workspace: Workspace | None, stopping: Stopping) -> Watch:
             write_checkpoint(run, step, watch, workspace)
             if stopped and not last:
                 log.info("asked to stop: saved after step %d of %d", step, len(run.plan))
+                torch.distributed.barrier()  # the others end no sooner than the leader has saved
                 raise KeyboardInterrupt
         if evaluate or checkpoint:
             clock = time.monotonic()

@@ -54,6 +54,9 @@ def test_a_hostfile_says_what_nodes_would(tmp_path: Path):
     path.write_text("node-a slots=8\nnode-b slots=4\n")
     with pytest.raises(UserError, match=r"line 2: node-b slots=4; write `node-b slots=8`"):
         _ = cluster.hosts
+    path.write_text("-oProxyCommand=x slots=8\n")
+    with pytest.raises(UserError, match="line 1"):
+        _ = cluster.hosts
     path.unlink()
     with pytest.raises(UserError, match="not readable"):
         _ = cluster.hosts
@@ -74,12 +77,26 @@ def test_deepspeeds_launcher_gets_its_files(stage: Any, tmp_path: Path):
     start = start_of(stage, tmp_path / "train.json", HOSTS)
     assert start.files[tmp_path / "train.hostfile"] == "node-a slots=4\nnode-b slots=4\n"
     exports = start.files[tmp_path / "train.deepspeed_env"].splitlines()
-    assert "A='b c'" in exports
+    assert "A=b c" in exports
     assert "GLOO_SOCKET_IFNAME=eth1" in exports
     assert "RECOVER_LORA_HEARTBEAT_S=30" in exports
     assert all("=" in line and not line.startswith("#") for line in exports)  # its parser takes nothing else
     assert start.command[-3:] == ["--module", "recovery.train", str(tmp_path / "train.json")]
     assert start.command[start.command.index("--master_addr") + 1] == "node-a"
+
+
+@pytest.mark.parametrize("value", ["plain", "b c", "^lo,docker0", 'a "quoted" $HOME `id` \\ one', ""])
+def test_variables_arrive_as_they_are(stage: Any, tmp_path: Path, value: str):
+    """Through DeepSpeed's own parser and a shell, as on another host."""
+    from deepspeed.launcher.multinode_runner import PDSHRunner
+
+    start = start_of(stage, tmp_path / "train.json", HOSTS.model_copy(update={"environment": {"GIVEN": value}}))
+    runner: Any = PDSHRunner.__new__(PDSHRunner)
+    runner.exports = {}
+    for line in start.files[tmp_path / "train.deepspeed_env"].splitlines():
+        runner.add_export(*line.split("=", maxsplit=1))
+    exports = "".join(f"export {name}={text}; " for name, text in runner.exports.items())
+    assert subprocess.check_output(["sh", "-c", f'{exports} printf %s "$GIVEN"'], text=True) == value
 
 
 def test_secrets_reach_the_other_hosts_by_file_alone(stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

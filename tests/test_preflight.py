@@ -107,4 +107,6 @@ def test_a_tracking_server_that_wants_a_password_is_there(server: str):
     assert probe.tracking(server) is None
     assert probe.tracking(f"{server}/locked") is None
     assert probe.tracking(f"{server}/broken") == "HTTP 500"
+    assert probe.tracking(server.replace("http://", "http://somebody:secret@")) is None
+    assert probe.tracking("http://somebody:secret@/") is not None
     assert probe.tracking("sqlite:///runs/mlflow.db") is None
