@@ -95,7 +95,7 @@ test: install assets lint ## lint, types and all tests, the real model included
 test-vllm: install install-vllm assets ## the server pool and the logits processor on a real vLLM: 10 minutes
 	@$(BIN)/python -m pytest -m vllm
 
-test-multinode: install install-vllm assets ## training on two hosts of this machine: namespaces, real sshd and pdsh; wants root: 10 minutes
+test-multinode: install install-vllm assets ## training on two hosts of this machine: namespaces, real sshd and pdsh; wants root: 20 minutes
 	@tests/multinode/install.sh
 	@$(BIN)/python -m pytest -m 'multinode and not matrix'
 
