@@ -143,10 +143,9 @@ def compare(cluster: Cluster, report: Report, models: list[str]) -> None:
             faults.append(f"{host}: {what} {found:.3g} {unit}, below {bar:.3g}")
 
     for what, key in (("code", "code"), ("packages", "versions")):
-        kinds = {json.dumps(found[key], sort_keys=True) for found in report.hosts.values()}
-        if len(kinds) > 1:
-            most = statistics.mode(json.dumps(found[key], sort_keys=True) for found in report.hosts.values())
-            odd = [host for host, found in report.hosts.items() if json.dumps(found[key], sort_keys=True) != most]
+        most = statistics.mode(json.dumps(found[key], sort_keys=True) for found in report.hosts.values())
+        odd = [host for host, found in report.hosts.items() if json.dumps(found[key], sort_keys=True) != most]
+        if odd:
             faults.append(f"{', '.join(odd)}: other {what} than the rest")
     for host, found in report.hosts.items():
         devices = found["devices"]

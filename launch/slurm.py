@@ -17,11 +17,11 @@ def script_file(plan: Plan) -> Path:
     return plan.run_folder / "jobs" / "slurm.sh"
 
 
-def batch_script(plan: Plan, command: list[str] | None = None) -> str:
+def batch_script(plan: Plan) -> str:
     """The script that sbatch is given: this command, once more, on the allocation's first node.
 
     A signal comes `notice_s` before the time limit; training saves, the command ends with the code of an interrupt, and
-    the job is queued again. command: what to run; the command line of this process, unless given.
+    the job is queued again.
     """
     slurm = plan.cluster.slurm
     assert slurm is not None
@@ -37,7 +37,7 @@ def batch_script(plan: Plan, command: list[str] | None = None) -> str:
         *slurm.arguments,
     ]
     typed = [argument for argument in sys.argv[1:] if argument != "--dry-run"]
-    again = [sys.executable, "-m", "launch.cli", *typed] if command is None else command
+    again = [sys.executable, "-m", "launch.cli", *typed]
     lines = [
         "#!/usr/bin/env bash",
         *(f"#SBATCH {setting}" for setting in settings),
