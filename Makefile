@@ -22,7 +22,7 @@ USED := torch, deepspeed, peft, datasets, mlflow, matplotlib.pyplot, scipy.stats
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help install install-vllm install-peers assets demo demo-vllm lint format test test-vllm test-multinode test-matrix bench bench-client \
-        bench-generate bench-loss bench-step bench-scaling clean clean-venv clean-assets clean-runs
+        bench-generate bench-loss bench-step bench-scaling bench-plan clean clean-venv clean-assets clean-runs
 # Where it is set, every start would compile those libraries anew (20 s).
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -103,7 +103,7 @@ test-matrix: install ## the same losses on every layout of ranks, ZeRO stages, t
 	@tests/multinode/install.sh
 	@$(BIN)/python -m pytest tests/multinode/test_layouts.py -m multinode
 
-bench: bench-client bench-generate bench-loss bench-step bench-scaling ## every measurement; rows in runs/bench/summary.json
+bench: bench-client bench-generate bench-loss bench-step bench-scaling bench-plan ## every measurement; rows in runs/bench/summary.json
 
 bench-client: install assets ## the pool's client against 64 fake servers with faults
 	@$(BIN)/python -m tests.benchmarks.client
@@ -119,6 +119,9 @@ bench-step: install install-peers assets ## the training step beside its peers, 
 
 bench-scaling: install assets ## weak scaling from one rank of one thread to two
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.benchmarks.scaling
+
+bench-plan: install assets ## what `recover-lora plan` predicts beside what is measured
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.benchmarks.plan
 
 clean: ## remove caches
 	rm -rf .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -26,7 +26,7 @@ from launch.distributed import SLURM_JOB
 from launch.execution import Plan
 from launch.pipeline import dry_run, missing_inputs, run_stage_process
 from launch.recipe import Recipe, load_recipe
-from launch.resolve import Names, Stage, build_stages, check_models, generate_job, resolve_names
+from launch.resolve import Stage, build_stages, check_models, generate_job, resolve_names
 from launch.servers import ServerPool
 from launch.slurm import batch_script, script_file, submit
 from recovery.errors import EXIT_DONE, EXIT_FAILED, UserError
@@ -85,7 +85,7 @@ def execute(
     memory = HashMemory(None if dry else runs_dir / ".hashes.json")
     plan = Plan.of(recipe, cluster, runs_dir, memory, only, partition)
     if only == "cache" and dry:
-        print(teacher_costs(recipe, plan.names, cluster, plan.stages))
+        print(teacher_costs(recipe, cluster, plan.stages))
     elif not plan.wanted:
         raise UserError(str(recipe_file), f"it has no stage {only}", NO_STAGE[only or ""])
     if dry:
@@ -103,11 +103,11 @@ def execute(
     return code
 
 
-def teacher_costs(recipe: Recipe, names: Names, cluster: Cluster, stages: list[Stage]) -> str:
-    from launch.estimate import teacher_table
+def teacher_costs(recipe: Recipe, cluster: Cluster, stages: list[Stage]) -> str:
+    from launch.plan_text import plan_text
 
     corpus = next(stage.job.runtime.output for stage in stages if stage.label == "generate")
-    return teacher_table(recipe, names.reference, names.degraded or names.reference, corpus, cluster)
+    return plan_text(recipe, cluster, None, corpus, own=True)
 
 
 def print_result(recipe: Recipe, runs_dir: Path) -> None:
@@ -317,6 +317,34 @@ def preflight(
 
     given = [] if recipe is None else models_of(load_recipe(recipe, []))
     raise typer.Exit(run_preflight(load_cluster(cluster), runs_dir, given))
+
+
+@app.command(
+    help="Memory of a device by part, time of a step, disk and device-hours of every layout, before anything starts; "
+    "recommends the cheapest that fits and says why not the others. Reads the models' configs only.\n\n"
+    "Examples:\n\n"
+    "recover-lora plan launch/recipes/paper/llama-3.2-1b.yaml --cluster mi300x --nodes 4\n\n"
+    "recover-lora plan launch/recipes/smollm2-135m/headline.yaml"
+)
+def plan(
+    recipe: RecipeFile,
+    cluster: ClusterName = "local",
+    overrides: Overrides = [],  # noqa: B006 - typer reads it
+    runs_dir: RunsDir = Path("runs"),
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", min=1, metavar="N", help="Hosts, in place of the cluster file's.")
+    ] = None,
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="Instead, simulate 8 to 1024 devices with as much work for each.")
+    ] = False,
+) -> None:
+    from launch.plan_text import plan_text, scaling_text
+
+    given, on = load_recipe(recipe, overrides), load_cluster(cluster)
+    if scaling:
+        print(scaling_text(given, on))
+    else:
+        print(plan_text(given, on, nodes, runs_dir / given.name / "corpus"))
 
 
 def models_of(recipe: Recipe) -> list[str]:

@@ -17,7 +17,6 @@ import torch
 import recovery.cache
 import recovery.teacher_cache
 import recovery.train
-from launch.estimate import Size, costs
 from recovery.config import HiddenStatesTeacher
 from recovery.corpus import Sample, Tokens, read_split, write_shard
 from recovery.errors import DamagedArtifact
@@ -236,16 +235,3 @@ def test_blocks_and_bytes():
         assert blocks_of(tokens, 10) == [range(2), range(2, 4)]
         assert blocks_of(tokens, 1000) == [range(n, n + 1) for n in range(4)]
     assert bytes_per_token(HiddenStatesTeacher(), 2048) == 4096
-
-
-def test_costs_of_the_papers_model(prepared: tuple[Path, Path, Path]):
-    """Llama-3.2-1B, 120k samples of 2048 tokens: the figures that the issue of caching is about."""
-    model, data, _ = prepared
-    recipe = tiny_recipe(model, data, train={"epochs": 3})
-    size = Size(body=973_000_000, hidden=2048, vocabulary=128_256)
-    online, hidden, sparse = costs(recipe, size, size, 245_000_000, "bfloat16")
-    assert online.disk_bytes == 0
-    assert hidden.disk_bytes == pytest.approx(1.0e12, rel=0.01)
-    assert sparse.disk_bytes / 245e6 <= 420
-    assert hidden.reference_bytes < 0.25 * online.reference_bytes
-    assert hidden.training_flops / online.training_flops == pytest.approx(0.74, abs=0.02)

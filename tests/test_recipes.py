@@ -55,7 +55,7 @@ def test_paper_recipes_have_the_papers_numbers():
 
 def test_clusters_load():
     assert load_cluster("local").processes == 1
-    with pytest.raises(UserError, match="one of: .*local"):
+    with pytest.raises(UserError, match=r"one of: .*local"):
         load_cluster("nowhere")
 
 

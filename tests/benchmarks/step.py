@@ -24,21 +24,21 @@ from pathlib import Path
 import torch
 
 from launch.cluster import Cluster
-from launch.estimate import Size
-from launch.recipe import Recipe, load_recipe
-from launch.resolve import build_stages, resolve_names
+from launch.planner import Layout, rehearsal_of, task_of
+from launch.recipe import Recipe
 from recovery.artifacts import REPOSITORY
 from recovery.batches import Step, collate, idle_share, plan_epoch
 from recovery.cache import draw
-from recovery.config import ModelInput, TrainJob
+from recovery.config import TrainJob
 from recovery.corpus import read_split
 from recovery.engine import start_distributed
-from recovery.files import HashMemory, write_atomic
+from recovery.files import write_atomic
 from recovery.loss import distill
 from recovery.models import final_hidden
 from recovery.targets import DenseTargets, SparseTargets
 from recovery.tracking import Tracker
 from recovery.train import Run, look, set_up, train_step
+from tests.benchmarks.rank import training_job
 from tests.benchmarks.summary import append_row
 
 RECIPE = REPOSITORY / "launch" / "recipes" / "smollm2-135m" / "demo.yaml"
@@ -77,18 +77,9 @@ class Setup:
 
 def prepare() -> Setup:
     """The damaged model, the corpus and the caches, made by the product itself; reused where they are there."""
-    cluster, jobs, recipe = Cluster(name="bench", device="cpu"), {}, None
+    jobs, recipe = {}, None
     for kind, override in TEACHERS.items():
-        settings = [*SETTINGS, f"name=bench-{kind}", *override]
-        recipe = load_recipe(RECIPE, settings)
-        for command in ("degrade", "generate", *(("cache",) if kind != "online" else ())):
-            options = [part for setting in settings for part in ("--set", setting)]
-            given = [sys.executable, "-m", "launch.cli", command, str(RECIPE), *options, "--runs-dir", str(FOLDER)]
-            subprocess.run(given, check=True)
-        stages = build_stages(recipe, resolve_names(recipe, HashMemory(None)), cluster, FOLDER)
-        job = next(stage.job for stage in stages if stage.label == "train")
-        assert isinstance(job, TrainJob)
-        jobs[kind] = job
+        recipe, jobs[kind] = training_job(RECIPE, [*SETTINGS, f"name=bench-{kind}", *override], FOLDER)
     assert recipe is not None
     tokens = read_split(jobs["online"].corpus.path, "train")
     budgets = recipe.train.batch_tokens, recipe.train.micro_batch_tokens
@@ -252,8 +243,10 @@ def report(setup: Setup, found: dict[str, Contender]) -> None:
     memory = {"better": "lower", "goal": 0.6}
     append_row("step: memory, online / peer", online.median("peak_mb"), "MB", peer=peer.median("peak_mb"), **memory)
     append_row("step: memory, hidden_states / peer", lean, "MB", peer=peer.median("peak_mb"), **memory)
-    size = Size.of(ModelInput(path=setup.jobs["online"].reference.path, digest=""))
-    flops = (4 + 2) * size.body + 3 * 2 * size.head
+    task = task_of(setup.recipe, Cluster(name="bench", device="cpu"), None, None)
+    step = rehearsal_of(task, Layout("zero1", "online", checkpointing=False))
+    phases = (step.teacher, step.forward, step.loss["dense"], step.backward)
+    flops = sum(phase.work.flops for phase in phases) / step.loss_tokens
     rates = matrix_rates()
     print("matrix products: " + ", ".join(f"{rate:.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items()))
     used = flops * online.median("rate") / 1e9

@@ -1,0 +1,105 @@
+"""A rehearsed step beside the same step with real tensors: equal FLOPs, equal memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from recovery.adapters import add_adapter
+from recovery.batches import collate
+from recovery.config import Adapter, ModelInput, SparseLogitsTeacher, Train
+from recovery.loss import distill
+from recovery.models import check_training_path, final_hidden, head_of, load_model
+from recovery.rehearsal import Rehearsal, _no_tokens, rehearse
+from recovery.targets import DenseTargets
+
+LENGTHS = (24, 17, 9)
+
+
+def rehearsed(model: Path, adapter: Adapter, **changes: bool) -> Rehearsal:
+    given = ModelInput(path=str(model), digest="")
+    options = {"checkpointing": False, "in_pieces": False, **changes}
+    return rehearse(given, given, adapter, Train(), "float32", LENGTHS, SparseLogitsTeacher(), **options)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3"])
+def test_what_is_rehearsed_is_what_runs(models: dict[str, Path], name: str):
+    adapter = Adapter(placement="attention_mlp", rank=4)
+    expected = rehearsed(models[name], adapter)
+    given = ModelInput(path=str(models[name]), digest="")
+    reference = load_model(given, "float32")
+    adapted = add_adapter(load_model(given, "float32"), adapter, 0)
+    width = int(reference.config.get_text_config().vocab_size)
+    for model in (reference, adapted):
+        check_training_path(model, width, "model")
+    batch = collate(_no_tokens(LENGTHS), tuple(range(len(LENGTHS))))
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in adapted.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    counter = FlopCounterMode(display=False)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), counter:
+        hidden = final_hidden(adapted, batch)[batch.loss_N]
+    # Kept are the tensors that autograd saves, and the result; masks and positions of some bytes beside them.
+    kept = sum(saved.values()) + hidden.nbytes
+    assert expected.kept == pytest.approx(kept, rel=0.03)
+    assert expected.trainable == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    attention = expected.forward.work.flops - counter.get_total_flops()
+    # torch counts no FLOPs of the CPU's fused attention, the rehearsal does.
+    assert 0 <= attention < 0.2 * expected.forward.work.flops
+    targets = DenseTargets(final_hidden(reference, batch)[batch.loss_N], head_of(reference, width))
+    with FlopCounterMode(display=False) as counter:
+        distill(hidden, head_of(adapted, width), targets)
+    assert expected.loss["dense"].work.flops == counter.get_total_flops()
+
+
+def test_every_architecture_can_be_rehearsed(models: dict[str, Path]):
+    for name, model in models.items():
+        found = rehearsed(model, Adapter(placement="kv", rank=2))
+        own = load_model(ModelInput(path=str(model), digest=""), "float32")
+        assert found.student.total == sum(parameter.nbytes for parameter in own.parameters()), name
+        assert found.kept > 0
+        assert found.backward.work.flops > 0.7 * found.forward.work.flops, name
+
+
+def test_checkpointing_keeps_less_and_computes_more(tiny: Path):
+    adapter = Adapter(placement="attention_mlp", rank=4)
+    plain, checkpointed = rehearsed(tiny, adapter), rehearsed(tiny, adapter, checkpointing=True)
+    assert checkpointed.kept < 0.5 * plain.kept
+    assert checkpointed.backward.work.flops > 1.3 * plain.backward.work.flops
+    # ZeRO-3's own linear function keeps the inputs of frozen matrices too, and afterwards torch has its own again.
+    few = Adapter(placement="kv", rank=4)
+    assert rehearsed(tiny, few, in_pieces=True).kept > rehearsed(tiny, few).kept
+    assert torch.nn.functional.linear is torch._C._nn.linear
+
+
+def test_rehearsing_takes_no_memory_and_moves_no_random_state(tiny: Path):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    rehearsed(tiny, Adapter(placement="kv", rank=2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_learning_head_and_all_parameters(tiny: Path):
+    given = ModelInput(path=str(tiny), digest="")
+    everything = rehearse(
+        given,
+        given,
+        Adapter(),
+        Train(parameters="all"),
+        "float32",
+        LENGTHS,
+        SparseLogitsTeacher(),
+        checkpointing=False,
+        in_pieces=False,
+    )
+    assert set(everything.loss) == {"dense"}
+    assert everything.trainable == everything.student.elements
