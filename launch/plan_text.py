@@ -65,7 +65,7 @@ def _count(number: int, what: str) -> str:
 def _generation(task: Task) -> str:
     rate = generation_rate(task)
     seconds = task.tokens / rate
-    devices = task.devices if task.recipe.generate.engine == "vllm" else 1
+    devices = task.serving if task.recipe.generate.engine == "vllm" else 1
     return (
         f"its generation ({task.recipe.generate.engine}, {_count(devices, 'device')}): {rate:,.0f} tokens/s, "
         f"{duration(seconds)}, {seconds * devices / 3600:.3g} device-hours"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,10 @@ class Task:
     head_is_same: bool
     sequences: int
     """That one vLLM server decodes together."""
+    serving: int
+    """Devices with a server: those of all hosts, or of the first one of a Slurm allocation."""
+    rehearsals: dict[tuple[bool, bool], Rehearsal] = field(default_factory=dict)
+    """With or without activation checkpointing, in pieces or whole. They do not depend on the number of devices."""
 
     @property
     def devices(self) -> int:
@@ -208,6 +212,7 @@ def task_of(recipe: Recipe, cluster: Cluster, nodes: int | None, corpus: Path | 
         dtype = "bfloat16"  # of the cluster's devices, not of this host
     same, head_is_same = _same_share(recipe)
     tokens, source = corpus_tokens(recipe, corpus)
+    servers = cluster.servers if isinstance(cluster.servers, LocalServers) else LocalServers()
     return Task(
         recipe,
         reference,
@@ -220,7 +225,8 @@ def task_of(recipe: Recipe, cluster: Cluster, nodes: int | None, corpus: Path | 
         source,
         same,
         head_is_same,
-        cluster.servers.sequences if isinstance(cluster.servers, LocalServers) else LocalServers().sequences,
+        servers.sequences,
+        cluster.processes * (1 if cluster.slurm is not None else hosts),
     )
 
 
@@ -345,7 +351,7 @@ def generation_rate(task: Task) -> float:
     elements = sum(parameter.numel() for parameter in model.parameters())
     together, devices = generate.batch_samples, 1
     if generate.engine == "vllm":
-        together, devices = task.sequences, task.devices
+        together, devices = task.sequences, task.serving
     kept = cache_bytes_per_token(model, task.dtype) * generate.max_length / 2
     step_s = max((elements * task.width + together * kept) / rates.bytes_s, 2 * elements * together / rates.flops_s)
     return GENERATION_EFFICIENCY * together * devices / step_s
@@ -378,35 +384,35 @@ def is_in_pieces(task: Task, layout: Layout) -> bool:
 
 
 def rehearsal_of(task: Task, layout: Layout) -> Rehearsal:
-    """What a micro-batch does; the same for layouts that divide nothing within it."""
-    recipe = task.recipe
-    return rehearse(
-        task.reference,
-        task.degraded,
-        recipe.adapter,
-        recipe.train,
-        task.dtype,
-        task.lengths,
-        _sparse(recipe),
-        checkpointing=layout.checkpointing,
-        in_pieces=is_in_pieces(task, layout),
-    )
+    """What a micro-batch does; the same for layouts that divide nothing within it, and remembered."""
+    key = layout.checkpointing, is_in_pieces(task, layout)
+    if key not in task.rehearsals:
+        recipe = task.recipe
+        task.rehearsals[key] = rehearse(
+            task.reference,
+            task.degraded,
+            recipe.adapter,
+            recipe.train,
+            task.dtype,
+            task.lengths,
+            _sparse(recipe),
+            checkpointing=layout.checkpointing,
+            in_pieces=is_in_pieces(task, layout),
+        )
+    return task.rehearsals[key]
 
 
 def predictions(task: Task, *, own: bool = False) -> list[Prediction]:
     """Of every layout, or of the recipe's own with every teacher; with activation checkpointing too, where nothing
     fits without."""
     found: list[Prediction] = []
-    rehearsed: dict[tuple[bool, bool], Rehearsal] = {}
     for checkpointing in dict.fromkeys((task.recipe.train.activation_checkpointing, True)):
         for layout in layouts(task, checkpointing):
             if own and layout.deepspeed != task.recipe.train.deepspeed:
                 continue
-            key = checkpointing, is_in_pieces(task, layout)
-            if key not in rehearsed:
-                rehearsed[key] = rehearsal_of(task, layout)
-            if targets_of(layout) in rehearsed[key].loss:
-                found.append(predict(task, layout, rehearsed[key]))
+            rehearsed = rehearsal_of(task, layout)
+            if targets_of(layout) in rehearsed.loss:
+                found.append(predict(task, layout, rehearsed))
         if any(fits(task, one) for one in found):
             break
     return found
