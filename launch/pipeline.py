@@ -15,9 +15,9 @@ from launch.cluster import Cluster
 from launch.distributed import SECRET, environment_of, start_of
 from launch.resolve import Stage
 from recovery.artifacts import REPOSITORY
-from recovery.errors import EXIT_INTERRUPTED, UserError
+from recovery.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
 from recovery.files import HashMemory, write_atomic
-from recovery.stage import check_reusable
+from recovery.stage import check_reusable, exit_file_of
 
 STOP_S = 120.0
 """For all ranks to save."""
@@ -48,9 +48,20 @@ def run_stage_process(stage: Stage, run_folder: Path, cluster: Cluster, argument
     for path, content in start.files.items():
         write_atomic(path, content, private=True)
     environment = environment_of(start, cluster)
+    exit_file = exit_file_of(job_file)
+    exit_file.unlink(missing_ok=True)
     if start.stop_file is not None:
-        return _run_elsewhere([*start.command, *arguments], environment, start.stop_file)
-    with subprocess.Popen([*start.command, *arguments], env=environment) as process:
+        code = _run_elsewhere([*start.command, *arguments], environment, start.stop_file)
+    else:
+        code = _run_here([*start.command, *arguments], environment)
+    if code != EXIT_DONE and exit_file.exists():
+        code = int(exit_file.read_text())
+    exit_file.unlink(missing_ok=True)
+    return code
+
+
+def _run_here(command: list[str], environment: dict[str, str]) -> int:
+    with subprocess.Popen(command, env=environment) as process:
         try:
             return process.wait()
         except KeyboardInterrupt:

@@ -29,6 +29,8 @@ def prepare() -> None:
     # OpenMP threads that spin between operations cost a busy machine a factor of ten (small operations, many
     # barriers); threads that sleep cost an idle one a few percent.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # torch's profiler prints when it starts and stops.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     if not may_have_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "MALLOC_ARENA_MAX" not in os.environ and (mallopt := _of_libc("mallopt")) is not None:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import profile, record_function
 
 from recovery import heartbeat
+from recovery.communication import activities, communication_share
 from recovery.config import TrainJob
 from recovery.engine import start_distributed
 from recovery.errors import EXIT_DONE
@@ -27,23 +28,18 @@ from recovery.train import look, set_up, train_step
 
 PHASES = ("data", "teacher", "student", "loss", "backward", "optimizer")
 """As train_step, Student and Engine name them; backward holds no forward, loss has its three products."""
-COLLECTIVES = ("gloo:", "nccl:")
-"""How torch names the work of a process group."""
 
 
 def measure(job: TrainJob, folder: Path, steps: int) -> str:
     """Profile `steps` steps after one for warming up; returns the table that rank 0 has written, empty on others."""
     rank, ranks = start_distributed()
-    activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(ProfilerActivity.CUDA)
     with tempfile.TemporaryDirectory() as scratch, Tracker(None, None) as tracker:
         run = set_up(job, Path(scratch), rank, ranks, tracker)
         feed = run.feed(0)
         steps = min(steps, len(run.plan) - 1)
         train_step(run, 0, feed)
         look(run)
-        with profile(activities=activities) as profiler:
+        with profile(activities=activities()) as profiler:
             for number in range(1, steps + 1):
                 with record_function("step"):
                     train_step(run, number, feed)
@@ -57,16 +53,6 @@ def measure(job: TrainJob, folder: Path, steps: int) -> str:
     table = _table(profiler, steps, tokens)
     write_atomic(folder / "profile.txt", table)
     return table
-
-
-def communication_share(profiler: Any, seconds: float) -> float:
-    """Share of `seconds` that this rank spent in collectives, waiting for others included."""
-    spent = sum(
-        max(event.device_time_total, event.cpu_time_total)
-        for event in profiler.key_averages()
-        if event.key.startswith(COLLECTIVES)
-    )
-    return spent / 1e6 / seconds
 
 
 def _table(profiler: Any, steps: int, tokens: int) -> str:

@@ -22,7 +22,7 @@ from recovery import heartbeat
 from recovery.artifacts import Workspace, content_digest, is_artifact, verify
 from recovery.config import ArtifactInput, Job, LooseInput
 from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, DamagedArtifact, Unavailable, UserError
-from recovery.files import HashMemory
+from recovery.files import HashMemory, write_atomic
 
 log = logging.getLogger("recover-lora")
 LAUNCHER = "RECOVER_LORA_LAUNCHER"  # environment variable: the launcher's process id
@@ -162,6 +162,11 @@ def _is_alive(process: int) -> bool:
         return False
 
 
+def exit_file_of(job_file: Path) -> Path:
+    """Where a rank leaves its exit code, when that says more than that it failed."""
+    return job_file.with_suffix(".exit")
+
+
 def run_stage(
     job_type: type[JobType],
     produce: Callable[[JobType, Workspace], dict[str, Any]],
@@ -193,6 +198,9 @@ def run_stage(
             raise
         code = exit_code_of(error)
         how = "interrupted" if code == EXIT_INTERRUPTED else "failed"
+        if "RANK" in os.environ and code in (EXIT_USER, EXIT_INTERRUPTED):
+            # Launchers of several ranks have codes of their own.
+            write_atomic(exit_file_of(arguments.job), str(code))
         log.debug("error: %s", (str(error).splitlines() or [type(error).__name__])[0])  # which the log file keeps
     sys.stdout.flush()
     sys.stderr.flush()

@@ -31,6 +31,7 @@ from recovery.adapters import adapter_parameters
 from recovery.artifacts import Workspace, read_manifest
 from recovery.batches import Step, collate, idle_share, plan_epoch
 from recovery.checkpoint import load_checkpoint, save_checkpoint
+from recovery.communication import Communication
 from recovery.config import ModelInput, Train, TrainJob
 from recovery.corpus import Tokens, read_split
 from recovery.engine import Engine, Student, engine_config, forward_only, start_distributed
@@ -283,7 +284,12 @@ def train(run: Run, workspace: Workspace | None, stopping: Stopping) -> Watch:
             log.info("stopped after step %d: %d measurements without a better one", number, settings.patience)
             break
         answer = stopping.ask()
-        train_step(run, number, feed)
+        if run.ranks > 1 and number == done + 1:
+            with Communication() as communication:
+                train_step(run, number, feed)
+            run.tracker.metrics({"perf/communication_share": communication.share}, number + 1)
+        else:
+            train_step(run, number, feed)
         step, tokens, stopped = number + 1, ends[number + 1], answer()
         if bar is not None:
             bar.update(tokens - ends[number])

@@ -285,6 +285,10 @@ def test_two_ranks_take_the_same_steps_as_one(
         assert one == pytest.approx(other, rel=1e-3)
     details = json.loads((job.runtime.output / "manifest.json").read_text())["details"]
     assert details["ranks"] == 2
+    metrics = [json.loads(line) for line in (job.runtime.output / "metrics.jsonl").read_text().splitlines()]
+    shares = [line["perf/communication_share"] for line in metrics if "perf/communication_share" in line]
+    assert len(shares) == 1
+    assert 0 < shares[0] < 1
     if "zero3" in zero or zero.endswith(".json"):
         said = re.search(r"in pieces: ([0-9.]+) of the student's ([0-9.]+) MB", job.runtime.log.read_text())
         assert said is not None

@@ -16,17 +16,16 @@ from pathlib import Path
 
 import mlflow  # noqa: F401 - a training process that is tracked has it
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from launch.cluster import Cluster
 from launch.recipe import Recipe, load_recipe
 from launch.resolve import build_stages, resolve_names
 from recovery import heartbeat
 from recovery.artifacts import REPOSITORY
+from recovery.communication import Communication
 from recovery.config import TrainJob
 from recovery.engine import start_distributed
 from recovery.files import HashMemory, write_atomic
-from recovery.profile import communication_share
 from recovery.tracking import Tracker
 from recovery.train import look, measure_held_out, set_up, train_step
 
@@ -86,16 +85,14 @@ def main() -> None:
         measure_held_out(run, steps + 1, 0)
         peak = torch.tensor([float(peak_bytes())])
         torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            began = time.perf_counter()
+        with Communication() as communication:
             train_step(run, steps + 1, feed)
             look(run)
-            step_s = time.perf_counter() - began
         feed.close()
     if rank == 0:
         tokens = sum(step.loss_tokens for step in run.plan[1 : steps + 1])
-        share = communication_share(profiler, step_s)
-        print(json.dumps({"rate": tokens / seconds, "communication": share, "peak": float(peak)}))
+        found = {"rate": tokens / seconds, "communication": communication.share, "peak": float(peak)}
+        print(json.dumps(found))
     torch.distributed.barrier()
     heartbeat.leave("done")
 
