@@ -59,17 +59,18 @@ class Batch:
         return torch.searchsorted(ends, self.loss_N, right=True)
 
     def to(self, device: torch.device) -> Batch:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> Batch:
         """In page-locked memory, from which a GPU copies without the host waiting."""
-        return self._each(Tensor.pin_memory)
+        return self.each(Tensor.pin_memory)
 
     def without_loss(self) -> Batch:
         """The same forward pass, of which nothing is learned."""
         return replace(self, loss_N=self.loss_N[:0], next_N=self.next_N[:0])
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same with every tensor changed."""
         names = ("ids_T", "positions_T", "loss_N", "next_N")
         return replace(self, **{name: change(getattr(self, name)) for name in names})
 

@@ -69,7 +69,6 @@ class Weights:
     total: int
     elements: int
     head: int
-    largest_layer: int
 
 
 @dataclass(frozen=True)
@@ -220,17 +219,9 @@ def rehearse(
             use_packed_attention(causal_lm(model))
             use_gated_products(causal_lm(model), probe=False)
         width = int(theirs.config.get_text_config().vocab_size)
-        batch = collate(_no_tokens(lengths), tuple(range(len(lengths))))
-        fake = Batch(
-            batch.rows,
-            _like(batch.ids_T),
-            _like(batch.positions_T),
-            batch.bounds,
-            _like(batch.loss_N),
-            _like(batch.next_N),
-        )
+        batch = collate(_no_tokens(lengths), tuple(range(len(lengths)))).each(_like)
         with _linear_of_zero3() if in_pieces else contextlib.nullcontext():
-            return _run(theirs, Student(adapted, width), fake, train, teacher)
+            return _run(theirs, Student(adapted, width), batch, train, teacher)
 
 
 @contextlib.contextmanager
@@ -291,7 +282,7 @@ def _run(reference: Any, student: Student, batch: Batch, train: Train, teacher: 
         forward=forward,
         kept=kept,
         loss=losses,
-        backward=Phase(backward.work, kept + max(backward.peak, 0)),
+        backward=Phase(backward.work, kept + backward.peak),
         measure=measure,
     )
 
@@ -370,10 +361,8 @@ def _tensors(owner: Any) -> list[Tensor]:
 def _weights(model: Any) -> Weights:
     """Of the model alone, without adapters."""
     own = {name: parameter for name, parameter in model.named_parameters() if "lora_" not in name}
-    layers = model.get_decoder().layers
     return Weights(
         total=sum(parameter.nbytes for parameter in own.values()),
         elements=sum(parameter.numel() for parameter in own.values()),
         head=model.get_output_embeddings().weight.nbytes,
-        largest_layer=max(sum(parameter.nbytes for parameter in layer.parameters()) for layer in layers),
     )
