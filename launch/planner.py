@@ -7,12 +7,17 @@ and what DeepSpeed holds beside it is counted here; rates are measured on this h
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from launch.cluster import Cluster, LocalServers, compute_dtype
+from launch.probe import Product
 from launch.rates import Rates, rates_of
 from launch.recipe import Recipe
 from recovery.config import Dtype, HiddenStatesTeacher, ModelInput, SparseLogitsTeacher
@@ -20,7 +25,7 @@ from recovery.corpus import SUMMARY
 from recovery.deepspeed_config import read_deepspeed
 from recovery.files import read_json
 from recovery.placement import linear_modules, select, skeleton
-from recovery.rehearsal import Rehearsal, Work, cache_bytes_per_token, rehearse
+from recovery.rehearsal import Phase, Rehearsal, cache_bytes_per_token, pace, rehearse
 from recovery.teacher_cache import bytes_per_token
 
 SHIPPED = ("zero1", "zero2", "zero3", "zero3_hpz", "zero3_offload")
@@ -201,6 +206,28 @@ class Task:
     def micro_tokens(self) -> int:
         return sum(self.lengths)
 
+    @cached_property
+    def pace(self) -> dict[str, float]:
+        """By how much a phase is slower than its roofline, where that can be measured: on this host's own devices."""
+        sharing = self.rates.sharing
+        if sharing is None:
+            return {}
+        return pace(
+            self.reference,
+            self.degraded,
+            self.recipe.adapter,
+            self.recipe.train,
+            self.dtype,
+            self.lengths,
+            sparse_teacher(self.recipe),
+            torch.device("cuda" if self.rates.gpu else "cpu"),
+            lambda work: self.rates.seconds(work) / sharing,
+        )
+
+    def seconds(self, name: str, phase: Phase) -> float:
+        """Of one device and micro-batch."""
+        return self.rates.seconds(phase.work) * self.pace.get(name, 1.0)
+
 
 def task_of(recipe: Recipe, cluster: Cluster, nodes: int | None, corpus: Path | None) -> Task:
     """Raises UserError for a model whose config is not there, and for a rate that the cluster's file lacks."""
@@ -212,15 +239,17 @@ def task_of(recipe: Recipe, cluster: Cluster, nodes: int | None, corpus: Path | 
         dtype = "bfloat16"  # of the cluster's devices, not of this host
     same, head_is_same = _same_share(recipe)
     tokens, source = corpus_tokens(recipe, corpus)
+    dtype = compute_dtype(dtype, cluster)
+    product = Product(recipe.train.micro_batch_tokens, *_commonest_matrix(recipe.models.reference), dtype)
     servers = cluster.servers if isinstance(cluster.servers, LocalServers) else LocalServers()
     return Task(
         recipe,
         reference,
         degraded,
-        compute_dtype(dtype, cluster),
+        dtype,
         hosts,
         cluster.processes,
-        rates_of(cluster, hosts),
+        rates_of(cluster, hosts, product),
         tokens,
         source,
         same,
@@ -228,6 +257,15 @@ def task_of(recipe: Recipe, cluster: Cluster, nodes: int | None, corpus: Path | 
         servers.sequences,
         cluster.processes * (1 if cluster.slurm is not None else hosts),
     )
+
+
+def _commonest_matrix(path: str) -> tuple[int, int]:
+    """(inputs, outputs) of the linear modules that most of a model's weights are in."""
+    weights: Counter[tuple[int, int]] = Counter()
+    for module in linear_modules(skeleton(path, None)).values():
+        outputs, inputs = module.weight.shape
+        weights[inputs, outputs] += inputs * outputs
+    return weights.most_common(1)[0][0]
 
 
 def corpus_tokens(recipe: Recipe, corpus: Path | None) -> tuple[int, str]:
@@ -297,11 +335,9 @@ def targets_of(layout: Layout) -> str:
 def step(task: Task, layout: Layout, rehearsed: Rehearsal) -> Step:
     """Nothing of the communication is taken to be hidden behind the computation: an upper bound."""
     zero, devices, rates = Zero.of(layout.deepspeed), task.devices, task.rates
-    work = rehearsed.forward.work + rehearsed.loss[targets_of(layout)].work + rehearsed.backward.work
     online = layout.teacher == "online"
-    if online:
-        work += rehearsed.teacher.work
-    compute = task.load * work.seconds(rates.flops_s, rates.bytes_s, rates.launch_s)
+    phases = rehearsed.phases(targets_of(layout), online=online)
+    compute = task.load * sum(task.seconds(name, phase) for name, phase in phases.items())
     if devices == 1:
         return Step(compute, 0.0, 0.0)
     share = (devices - 1) / devices
@@ -322,24 +358,19 @@ def step(task: Task, layout: Layout, rehearsed: Rehearsal) -> Step:
 
 
 def predict(task: Task, layout: Layout, rehearsed: Rehearsal) -> Prediction:
-    rates, recipe = task.rates, task.recipe
-    one, seen = step(task, layout, rehearsed), task.tokens
-
-    def seconds(work: Work, tokens: int) -> float:
-        each = work.seconds(rates.flops_s, rates.bytes_s, rates.launch_s)
-        return each * math.ceil(tokens / rehearsed.tokens / task.devices)
-
-    cache, disk = 0.0, 0.0
+    recipe, seen = task.recipe, task.tokens
+    one, cache, disk = step(task, layout, rehearsed), 0.0, 0.0
     if layout.teacher != "online":
-        cache = seconds(rehearsed.teacher.work, seen + task.held_out_tokens)
-        kind = HiddenStatesTeacher() if layout.teacher == "hidden_states" else _sparse(recipe)
+        batches = math.ceil((seen + task.held_out_tokens) / rehearsed.tokens / task.devices)
+        cache = batches * task.seconds("teacher", rehearsed.teacher)
+        kind = HiddenStatesTeacher() if layout.teacher == "hidden_states" else sparse_teacher(recipe)
         hidden = rehearsed.reference.head // task.width // rehearsed.vocabulary
         disk = seen * bytes_per_token(kind, hidden) + task.held_out_tokens * bytes_per_token(
             HiddenStatesTeacher(), hidden
         )
     looks = 1 + math.ceil(task.steps / recipe.train.evaluate_every)
     # Held-out text is measured by every rank alike.
-    measuring = rehearsed.measure.work.seconds(rates.flops_s, rates.bytes_s, rates.launch_s)
+    measuring = task.seconds("measure", rehearsed.measure)
     measuring *= looks * math.ceil(task.held_out_tokens / rehearsed.tokens)
     return Prediction(layout, memory(task, layout, rehearsed), one, cache, task.steps * one.seconds + measuring, disk)
 
@@ -357,7 +388,7 @@ def generation_rate(task: Task) -> float:
     return GENERATION_EFFICIENCY * together * devices / step_s
 
 
-def _sparse(recipe: Recipe) -> SparseLogitsTeacher:
+def sparse_teacher(recipe: Recipe) -> SparseLogitsTeacher:
     return recipe.teacher if isinstance(recipe.teacher, SparseLogitsTeacher) else SparseLogitsTeacher()
 
 
@@ -395,7 +426,7 @@ def rehearsal_of(task: Task, layout: Layout) -> Rehearsal:
             recipe.train,
             task.dtype,
             task.lengths,
-            _sparse(recipe),
+            sparse_teacher(recipe),
             checkpointing=layout.checkpointing,
             in_pieces=is_in_pieces(task, layout),
         )

@@ -20,10 +20,12 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from recovery.artifacts import REPOSITORY, package_versions
+from recovery.config import Dtype
 
 ROOMS = ("launch", "recovery", "datagen", "eval", "ds_configs")
 MEASURE_S = 2.0
@@ -59,30 +61,46 @@ def rate_of(work: Callable[[], object], wait: Callable[[], object], amount: floa
     return best
 
 
-def devices(kind: str) -> list[dict[str, Any]]:
-    """Every device that torch sees: name, memory in GiB, TFLOP/s of matrix products, GB/s of a copy."""
+@dataclass(frozen=True)
+class Product:
+    """A matrix product to time: [rows, inner] times [inner, columns]."""
+
+    rows: int
+    inner: int
+    columns: int
+    dtype: Dtype
+
+
+BARS = {"cuda": Product(8192, 8192, 8192, "bfloat16"), "cpu": Product(1536, 1536, 1536, "float32")}
+"""What the bars of preflight mean."""
+
+
+def devices(kind: str, product: Product | None = None) -> list[dict[str, Any]]:
+    """Every device that torch sees: name, memory in GiB, TFLOP/s of a matrix product, GB/s of a copy."""
     import torch
 
     if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
         found = [torch.device("cpu")]
     else:
         found = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
-    return [_device(device) for device in found]
+    return [_device(device, product or BARS[device.type]) for device in found]
 
 
-def _device(device: Any) -> dict[str, Any]:
+def _device(device: Any, timed: Product) -> dict[str, Any]:
     import torch
 
     on_gpu = device.type == "cuda"
-    size, dtype = (8192, torch.bfloat16) if on_gpu else (1536, torch.float32)
 
     def wait() -> None:
         if on_gpu:
             torch.cuda.synchronize(device)
 
-    one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    product = torch.empty_like(one)
-    flops = rate_of(lambda: torch.mm(one, other, out=product), wait, 2.0 * size**3)
+    dtype = getattr(torch, timed.dtype)
+    one = torch.randn(timed.rows, timed.inner, device=device).to(dtype)
+    other = torch.randn(timed.inner, timed.columns, device=device).to(dtype)
+    product = torch.empty(timed.rows, timed.columns, device=device, dtype=dtype)
+    operations = 2.0 * timed.rows * timed.inner * timed.columns
+    flops = rate_of(lambda: torch.mm(one, other, out=product), wait, operations)
     source = torch.zeros((1 << 30) if on_gpu else (1 << 27), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     bandwidth = rate_of(lambda: target.copy_(source), wait, 2.0 * source.numel())  # read and written

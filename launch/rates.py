@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.cluster import Cluster, uses_gpu
+from launch.probe import Product, devices
 from recovery.artifacts import REPOSITORY
 from recovery.errors import Unavailable, UserError
+from recovery.rehearsal import Work
 
 GIB = 2**30
 LAUNCH_S = {"cuda": 5e-6, "cpu": 1e-5}
 """Least time of one operation: what the host needs to start it."""
 EFFICIENCY = {"cuda": 0.7, "cpu": 0.75}
-"""Share of the rate of large matrix products that those of a model reach. cpu: from `make bench-plan`; cuda: an
-assumption."""
+"""Share of the rate of large matrix products, which stands in a cluster's file, that those of a model reach. An
+assumption; on this host it is measured (recovery.rehearsal.pace)."""
 RUNTIME_GPU = 3 * GIB
 """Of a device before any model is there: its context, libraries' workspaces, NCCL's channels. An assumption."""
 
@@ -40,21 +42,24 @@ class Rates:
     """Bus bandwidth of an all-reduce inside a host."""
     across_bytes_s: float | None
     """The same over all hosts."""
+    sharing: int | None
+    """Processes that share a device of this host, where the rates were measured; None: they are of a cluster's file."""
     source: str
     """In words, for the table."""
 
-    @property
-    def launch_s(self) -> float:
-        return LAUNCH_S["cuda" if self.gpu else "cpu"]
+    def seconds(self, work: Work) -> float:
+        """By the roofline."""
+        return work.seconds(self.flops_s, self.bytes_s, LAUNCH_S["cuda" if self.gpu else "cpu"])
 
 
-def rates_of(cluster: Cluster, hosts: int) -> Rates:
+def rates_of(cluster: Cluster, hosts: int, product: Product) -> Rates:
     """Of this host where the cluster is no more than that, else what the cluster's file says under `hardware`.
 
+    product: like those that the model spends most of its time in; what is timed here.
     Raises UserError for a rate that the file leaves out.
     """
     if hosts == 1 and not (cluster.hosts or cluster.slurm):
-        return measured(cluster)
+        return measured(cluster, product)
     wanted = ["gemm_tflops", "memory_gb_s", "memory_gib"]
     wanted += ["allreduce_gb_s"] * (cluster.processes > 1) + ["network_gb_s"] * (hosts > 1)
     hardware = cluster.hardware
@@ -78,32 +83,31 @@ def rates_of(cluster: Cluster, hosts: int) -> Rates:
         runtime=RUNTIME_GPU if gpu else _runtime(),
         inside_bytes_s=None if inside is None else inside * 1e9,
         across_bytes_s=None if across is None else across * 1e9,
+        sharing=None,
         source=f"rates of the cluster's file: {flops:g} TFLOP/s in matrix products, of which a model reaches "
         f"{efficiency:.0%}; {bandwidth:g} GB/s of memory; all-reduce {', '.join(links) or 'none'}",
     )
 
 
-def measured(cluster: Cluster) -> Rates:
+def measured(cluster: Cluster, product: Product) -> Rates:
     """Of this host, in ten seconds."""
-    from launch.probe import devices
-
     gpu = uses_gpu(cluster)
-    found = devices("auto" if gpu else "cpu")[0]
+    found = devices("auto" if gpu else "cpu", product)[0]
     # The processes of a CPU share it.
     sharing = 1 if gpu else cluster.processes
     inside = _inside(cluster) if cluster.processes > 1 else None
-    efficiency = EFFICIENCY["cuda" if gpu else "cpu"]
     link = "" if inside is None else f"; all-reduce {inside / 1e9:.2g} GB/s"
     return Rates(
         gpu=gpu,
-        flops_s=efficiency * found["gemm_tflops"] * 1e12 / sharing,
+        flops_s=found["gemm_tflops"] * 1e12 / sharing,
         bytes_s=found["memory_gb_s"] * 1e9 / sharing,
         memory=found["memory_gib"] * GIB / sharing,
         runtime=RUNTIME_GPU if gpu else _runtime(),
         inside_bytes_s=inside,
         across_bytes_s=None,
-        source=f"rates measured here: {found['gemm_tflops'] * 1e3:,.0f} GFLOP/s in matrix products, of which a model "
-        f"reaches {efficiency:.0%}; {found['memory_gb_s']:.3g} GB/s of memory{link}"
+        sharing=sharing,
+        source=f"rates measured here: {found['gemm_tflops'] * 1e3:,.0f} GFLOP/s in products of the model's size in "
+        f"{product.dtype}; {found['memory_gb_s']:.3g} GB/s of memory{link}"
         + (f"; shared by {sharing} processes" if sharing > 1 else ""),
     )
 

@@ -3,15 +3,19 @@
 Any architecture, its adapters and its loss go through the code that trains, so nothing is estimated by a formula of the
 layers: every operation's FLOPs, the bytes it reads and writes, and what is alive at the same time are noted as they
 come. It takes seconds and no memory, and neither weights nor the device that they are meant for.
+
+`pace` takes the same steps with data, through two layers: by how much a device is slower than its roofline.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +38,7 @@ from recovery.targets import DenseTargets, SparseTargets
 
 GROUPED = torch.ops.aten._grouped_mm.default
 """Products of experts, each with its own tokens."""
+PACE_ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,8 @@ class Phase:
 
     work: Work
     peak: int
+    kept: int
+    """Bytes that are alive behind it and were not before."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,11 @@ class Rehearsal:
     measure: Phase
     """A micro-batch of held-out text: both heads, behind forward passes without gradients."""
 
+    def phases(self, targets: str, *, online: bool) -> dict[str, Phase]:
+        """What training does with a micro-batch, by the names of `pace`."""
+        found = {"forward": self.forward, f"loss, {targets}": self.loss[targets], "backward": self.backward}
+        return {**found, "teacher": self.teacher} if online else found
+
     def peak(self, targets: str, *, online: bool) -> int:
         """Most bytes at once beside weights, optimizer and gradients kept from one micro-batch to the next."""
         teacher = self.teacher.peak if online else 0
@@ -116,6 +128,7 @@ class _Tape(TorchDispatchMode):
         super().__init__()
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
         self._operations: Counter[tuple[int, int]] = Counter()
+        self.found: dict[str, Phase] = {}
         self.live = 0
         self._peak = 0
 
@@ -146,12 +159,32 @@ class _Tape(TorchDispatchMode):
         self.live -= size
 
     @contextlib.contextmanager
-    def phase(self, found: list[Phase]) -> Iterator[None]:
-        """Appends what happens inside; its peak counts from what is alive at the beginning."""
+    def phase(self, name: str) -> Iterator[None]:
+        """Notes what happens inside; its peak counts from what is alive at the beginning."""
         self._operations, before = Counter(), self.live
         self._peak = before
         yield
-        found.append(Phase(Work(self._operations), self._peak - before))
+        self.found[name] = Phase(Work(self._operations), self._peak - before, self.live - before)
+
+
+class _Clock:
+    """Notes how long every phase takes; the shortest of all rounds."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.found: dict[str, float] = {}
+        self._device = device
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._wait()
+        began = time.perf_counter()
+        yield
+        self._wait()
+        self.found[name] = min(time.perf_counter() - began, self.found.get(name, math.inf))
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
 
 def _run_operation(func: Any, args: Any, kwargs: Any) -> Any:
@@ -207,21 +240,90 @@ def rehearse(
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     quiet_libraries()
+    theirs, own = _models(reference, degraded, adapter, train, dtype, checkpointing=checkpointing)
+    with FakeTensorMode():
+        for model in (theirs, own):
+            _give_storages(model, _like)
+        student, batch = _with_kernels(theirs, own), _batch(lengths).each(_like)
+        with _linear_of_zero3() if in_pieces else contextlib.nullcontext():
+            found = _noted(theirs, student, batch, train, teacher)
+    return Rehearsal(
+        tokens=len(batch.ids_T),
+        loss_tokens=len(batch.loss_N),
+        vocabulary=student.width,
+        student=_weights(causal_lm(own)),
+        reference=_weights(theirs),
+        trainable=sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad),
+        teacher=found["teacher"],
+        forward=found["forward"],
+        kept=found["forward"].kept,
+        loss={name.removeprefix("loss, "): phase for name, phase in found.items() if name.startswith("loss, ")},
+        backward=replace(found["backward"], peak=found["forward"].kept + found["backward"].peak),
+        measure=found["measure"],
+    )
+
+
+def pace(
+    reference: ModelInput,
+    degraded: ModelInput,
+    adapter: Adapter,
+    train: Train,
+    dtype: Dtype,
+    lengths: tuple[int, ...],
+    teacher: SparseLogitsTeacher,
+    device: torch.device,
+    seconds: Callable[[Work], float],
+) -> dict[str, float]:
+    """Seconds that every phase takes on a device, over what a roofline says of it (`seconds`).
+
+    Measured on the models' first and last layers with random weights, and whole heads: what kernels lose on matrices of
+    this size, and what an operation costs that is not a product, is much the same in every layer.
+    """
+    quiet_libraries()
+    theirs, own = _models(reference, degraded, adapter, train, dtype, checkpointing=False, short=True)
+
+    def filled(tensor: Tensor) -> Tensor:
+        found = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+        return found.normal_(std=0.02) if found.is_floating_point() else found
+
+    for model in (theirs, own):
+        _give_storages(model, filled)
+    student, batch = _with_kernels(theirs, own), _batch(lengths).to(device)
+    noted, clock = _noted(theirs, student, batch, train, teacher), _Clock(device)
+    for _ in range(PACE_ROUNDS):
+        _take(clock, theirs, student, batch, train, teacher)
+    return {name: taken / seconds(noted[name].work) for name, taken in clock.found.items()}
+
+
+def _models(
+    reference: ModelInput,
+    degraded: ModelInput,
+    adapter: Adapter,
+    train: Train,
+    dtype: Dtype,
+    *,
+    checkpointing: bool,
+    short: bool = False,
+) -> tuple[Any, Any]:
+    """(reference, what learns), without data. short: of the first and the last layer."""
     with torch.device("meta"):
         theirs, own = (_bare(model, dtype) for model in (reference, degraded))
+        for model in (theirs, own) if short else ():
+            decoder = model.get_decoder()
+            decoder.layers = nn.ModuleList([decoder.layers[0], decoder.layers[-1]])
         adapted = own.requires_grad_(True) if train.parameters == "all" else _with_adapter(own, adapter)
         if checkpointing:
             causal_lm(adapted).gradient_checkpointing_enable({"use_reentrant": False})
             adapted.train()
-    with FakeTensorMode():
-        for model in (theirs, adapted):
-            _give_storages(model)
-            use_packed_attention(causal_lm(model))
-            use_gated_products(causal_lm(model), probe=False)
-        width = int(theirs.config.get_text_config().vocab_size)
-        batch = collate(_no_tokens(lengths), tuple(range(len(lengths)))).each(_like)
-        with _linear_of_zero3() if in_pieces else contextlib.nullcontext():
-            return _run(theirs, Student(adapted, width), batch, train, teacher)
+    return theirs, adapted
+
+
+def _with_kernels(theirs: Any, own: Any) -> Student:
+    """The student, both models with the kernels of training."""
+    for model in (theirs, own):
+        use_packed_attention(causal_lm(model))
+        use_gated_products(causal_lm(model), probe=False)
+    return Student(own, int(theirs.config.get_text_config().vocab_size))
 
 
 @contextlib.contextmanager
@@ -236,55 +338,48 @@ def _linear_of_zero3() -> Iterator[None]:
         torch.nn.functional.linear = own
 
 
-def _run(reference: Any, student: Student, batch: Batch, train: Train, teacher: SparseLogitsTeacher) -> Rehearsal:
-    tape = _Tape([*_tensors(reference), *_tensors(student), *_tensors(batch)])
+def _noted(
+    reference: Any, student: Student, batch: Batch, train: Train, teacher: SparseLogitsTeacher
+) -> dict[str, Phase]:
+    with _Tape([*_tensors(reference), *_tensors(student), *_tensors(batch)]) as tape:
+        _take(tape, reference, student, batch, train, teacher)
+    return tape.found
+
+
+def _take(
+    recorder: _Tape | _Clock,
+    reference: Any,
+    student: Student,
+    batch: Batch,
+    train: Train,
+    teacher: SparseLogitsTeacher,
+) -> None:
+    """A micro-batch, phase by phase."""
     width, count = student.width, len(batch.loss_N)
-    found: list[Phase] = []
-    losses: dict[str, Phase] = {}
-    with tape:
-        with tape.phase(found), torch.no_grad():
-            reference_NG = final_hidden(reference, batch)[batch.loss_N]
-        dense = DenseTargets(reference_NG, head_of(reference, width))
-        before = tape.live
-        with tape.phase(found):
-            hidden_NH = final_hidden(student.adapted, batch)[batch.loss_N]
-        kept = tape.live - before
-        for kind, targets in (("dense", dense), ("sparse", _sparse(count, teacher))):
-            if kind == "sparse" and (student.trainable_head or train.loss.kind != "forward_kl"):
-                continue
-            states_NH = hidden_NH.detach().requires_grad_(True)
-            measured: list[Phase] = []
-            with tape.phase(measured):
-                if student.trainable_head:
-                    assert isinstance(targets, DenseTargets)
-                    total = distill_trainable(states_NH, student._logits, targets, width, train.loss, batch.next_N)
-                else:
-                    total = distill(states_NH, head_of(student.adapted, width), targets, train.loss, batch.next_N)
-                total.backward()
-            losses[kind] = measured[0]
-            del total, states_NH
-        with tape.phase(found):
-            hidden_NH.backward(torch.ones_like(hidden_NH))
-        del hidden_NH
-        student.zero_grad(set_to_none=True)
-        with tape.phase(found), torch.no_grad():
-            own_NH = final_hidden(student.adapted, batch)[batch.loss_N]
-            compare(own_NH, head_of(student.adapted, width), dense, batch.next_N)
-    teacher_phase, forward, backward, measure = found
-    return Rehearsal(
-        tokens=len(batch.ids_T),
-        loss_tokens=count,
-        vocabulary=width,
-        student=_weights(causal_lm(student.adapted)),
-        reference=_weights(reference),
-        trainable=sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad),
-        teacher=teacher_phase,
-        forward=forward,
-        kept=kept,
-        loss=losses,
-        backward=Phase(backward.work, kept + backward.peak),
-        measure=measure,
-    )
+    with recorder.phase("teacher"), torch.no_grad():
+        reference_NG = final_hidden(reference, batch)[batch.loss_N]
+    dense = DenseTargets(reference_NG, head_of(reference, width))
+    with recorder.phase("forward"):
+        hidden_NH = final_hidden(student.adapted, batch)[batch.loss_N]
+    for kind, targets in (("dense", dense), ("sparse", _sparse(count, teacher, batch.ids_T.device))):
+        if kind == "sparse" and (student.trainable_head or train.loss.kind != "forward_kl"):
+            continue
+        states_NH = hidden_NH.detach().requires_grad_(True)
+        with recorder.phase(f"loss, {kind}"):
+            if student.trainable_head:
+                assert isinstance(targets, DenseTargets)
+                total = distill_trainable(states_NH, student._logits, targets, width, train.loss, batch.next_N)
+            else:
+                total = distill(states_NH, head_of(student.adapted, width), targets, train.loss, batch.next_N)
+            total.backward()
+        del total, states_NH
+    with recorder.phase("backward"):
+        hidden_NH.backward(torch.ones_like(hidden_NH))
+    del hidden_NH
+    student.zero_grad(set_to_none=True)
+    with recorder.phase("measure"), torch.no_grad():
+        own_NH = final_hidden(student.adapted, batch)[batch.loss_N]
+        compare(own_NH, head_of(student.adapted, width), dense, batch.next_N)
 
 
 def cache_bytes_per_token(model: Any, dtype: Dtype) -> float:
@@ -310,8 +405,8 @@ def _with_adapter(model: Any, adapter: Adapter) -> Any:
     return add_adapter(model, adapter, 0, {name: max(round(rank), 1) for name in modules})
 
 
-def _give_storages(model: nn.Module) -> None:
-    """Replace meta tensors by ones of the fake mode that is on, which answer as those of a CPU; tied ones stay so."""
+def _give_storages(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
+    """Replace meta tensors by ones that are made for them; tied ones stay so."""
     made: dict[int, tuple[Tensor, Tensor]] = {}
     for module in model.modules():
         for store in (module._parameters, module._buffers):
@@ -320,36 +415,37 @@ def _give_storages(model: nn.Module) -> None:
                 if tensor is None:
                     continue
                 if id(tensor) not in made:
-                    like = _like(tensor)
+                    like = make(tensor)
                     is_parameter = isinstance(tensor, nn.Parameter)
                     made[id(tensor)] = tensor, nn.Parameter(like, tensor.requires_grad) if is_parameter else like
                 found[name] = made[id(tensor)][1]
 
 
 def _like(tensor: Tensor) -> Tensor:
+    """Under a fake mode: without data, and answering as one of a CPU."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
-def _no_tokens(lengths: tuple[int, ...]) -> Tokens:
+def _batch(lengths: tuple[int, ...]) -> Batch:
     """Samples of these lengths behind a beginning-of-text id, all of token 0."""
     import numpy as np
 
     ends = np.cumsum([0, *lengths])
-    return Tokens(np.arange(len(lengths)), ends, np.zeros(int(ends[-1]), dtype=np.int32), skip=1)
+    tokens = Tokens(np.arange(len(lengths)), ends, np.zeros(int(ends[-1]), dtype=np.int32), skip=1)
+    return collate(tokens, tuple(range(len(lengths))))
 
 
-def _sparse(count: int, teacher: SparseLogitsTeacher) -> SparseTargets:
-    ids, weights = torch.int32, torch.float32
-    return SparseTargets.of(
-        {
-            "top_ids": torch.empty(count, teacher.top, dtype=ids),
-            "top_logprobs": torch.empty(count, teacher.top, dtype=torch.float16),
-            "tail_ids": torch.empty(count, teacher.tail, dtype=ids),
-            "tail_logprobs": torch.empty(count, teacher.tail, dtype=torch.float16),
-            "tail_weight": torch.empty(count, dtype=weights),
-            "rest": torch.empty(count, dtype=weights),
+def _sparse(count: int, teacher: SparseLogitsTeacher, device: torch.device) -> SparseTargets:
+    with device:
+        signal = {
+            "top_ids": torch.zeros(count, teacher.top, dtype=torch.int32),
+            "top_logprobs": torch.zeros(count, teacher.top, dtype=torch.float16),
+            "tail_ids": torch.zeros(count, teacher.tail, dtype=torch.int32),
+            "tail_logprobs": torch.zeros(count, teacher.tail, dtype=torch.float16),
+            "tail_weight": torch.zeros(count),
+            "rest": torch.zeros(count),
         }
-    )
+    return SparseTargets.of(signal)
 
 
 def _tensors(owner: Any) -> list[Tensor]:

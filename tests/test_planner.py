@@ -37,6 +37,20 @@ def task(recipe: Recipe) -> Task:
     return task_of(recipe, on(2), None, None)
 
 
+def test_a_step_on_this_host_goes_at_the_pace_that_was_timed(recipe: Recipe):
+    layout = Layout("zero1", "online", checkpointing=False)
+    here = task_of(recipe, Cluster(name="here", device="cpu"), None, None)
+    rehearsed = rehearsal_of(here, layout)
+    names = rehearsed.phases("dense", online=True)
+    assert set(names) < set(here.pace)
+    roofline = sum(here.rates.seconds(phase.work) for phase in names.values())
+    for slower in (1.0, 3.0):
+        vars(here)["pace"] = dict.fromkeys(here.pace, slower)
+        assert step(here, layout, rehearsed).compute == pytest.approx(slower * here.load * roofline)
+    # What nobody can time here goes by the cluster's file.
+    assert task_of(recipe, on(2), None, None).pace == {}
+
+
 def test_parts_of_a_device(task: Task):
     whole = Layout("zero1", "online", checkpointing=False)
     pieces = replace(whole, deepspeed="zero3")

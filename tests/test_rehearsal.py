@@ -9,11 +9,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from recovery.adapters import add_adapter
-from recovery.batches import collate
 from recovery.config import Adapter, ModelInput, SparseLogitsTeacher, Train
 from recovery.loss import distill
 from recovery.models import check_training_path, final_hidden, head_of, load_model
-from recovery.rehearsal import Rehearsal, _no_tokens, rehearse
+from recovery.rehearsal import Rehearsal, Work, _batch, pace, rehearse
 from recovery.targets import DenseTargets
 
 LENGTHS = (24, 17, 9)
@@ -35,7 +34,7 @@ def test_what_is_rehearsed_is_what_runs(models: dict[str, Path], name: str):
     width = int(reference.config.get_text_config().vocab_size)
     for model in (reference, adapted):
         check_training_path(model, width, "model")
-    batch = collate(_no_tokens(LENGTHS), tuple(range(len(LENGTHS))))
+    batch = _batch(LENGTHS)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in adapted.parameters()}
     saved: dict[int, int] = {}
 
@@ -79,6 +78,25 @@ def test_checkpointing_keeps_less_and_computes_more(tiny: Path):
     own, few = torch.nn.functional.linear, Adapter(placement="kv", rank=4)
     assert rehearsed(tiny, few, in_pieces=True).kept > rehearsed(tiny, few).kept
     assert torch.nn.functional.linear is own
+
+
+def test_every_architecture_has_a_pace(models: dict[str, Path]):
+    cpu, adapter, train = torch.device("cpu"), Adapter(placement="kv", rank=2), Train()
+    for name, model in models.items():
+        given = ModelInput(path=str(model), digest="")
+        asked: list[int] = []
+
+        def roofline(work: Work, asked: list[int] = asked) -> float:
+            asked.append(work.flops)
+            return 1e-3
+
+        found = pace(given, given, adapter, train, "float32", LENGTHS, SparseLogitsTeacher(), cpu, roofline)
+        expected = rehearsed(model, adapter)
+        phases = {**expected.phases("dense", online=True), **expected.phases("sparse", online=True)}
+        assert set(found) == {*phases, "measure"}, name
+        assert all(0 < value < 1e5 for value in found.values()), name
+        # Two layers at the most, and the whole head: no more than the model does.
+        assert 0 < sum(asked) <= sum(phase.work.flops for phase in (*phases.values(), expected.measure)), name
 
 
 def test_rehearsing_takes_no_memory_and_moves_no_random_state(tiny: Path):
