@@ -124,3 +124,19 @@ class ReportJob(Job):
     """The closed form with which training began, or the adapter itself where there was no training."""
     degrade: ArtifactInput | None = None
     """None when the recipe was given a degraded model."""
+
+
+class DeliverJob(Job):
+    stage: ClassVar[str] = "deliver"
+    schema_version: ClassVar[int] = 1
+    name: str
+    dtype: Dtype
+    reference: ModelInput
+    degraded: ModelInput
+    adapter: ArtifactInput
+    corpus: ArtifactInput
+    scores: ArtifactInput
+    """Of the recovered model."""
+    report: ArtifactInput
+    merged: bool
+    """Whether the whole recovered model is delivered too."""

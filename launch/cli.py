@@ -347,6 +347,24 @@ def plan(
         print(plan_text(given, on, nodes, runs_dir / given.name / "corpus"))
 
 
+@app.command(
+    help="A finished run's adapter with a model card, loaded again and compared with what was scored.\n\n"
+    "Examples:\n\n"
+    "recover-lora deliver launch/recipes/smollm2-135m/demo.yaml\n\n"
+    "recover-lora deliver launch/recipes/smollm2-135m/demo.yaml --merged    # the whole recovered model too"
+)
+def deliver(
+    recipe: RecipeFile,
+    cluster: ClusterName = "local",
+    overrides: Overrides = [],  # noqa: B006 - typer reads it
+    runs_dir: RunsDir = Path("runs"),
+    merged: Annotated[bool, typer.Option("--merged", help="Also write the recovered model as one checkpoint.")] = False,
+) -> None:
+    from launch.deliver import deliver as make
+
+    raise typer.Exit(make(load_recipe(recipe, overrides), load_cluster(cluster), runs_dir, merged=merged))
+
+
 def models_of(recipe: Recipe) -> list[str]:
     """The local folders among a recipe's models."""
     names = resolve_names(recipe, HashMemory(None))
