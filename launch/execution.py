@@ -100,17 +100,20 @@ class Plan:
     def _run_stage(self, stage: Stage, cluster: Cluster, restarts: int) -> tuple[int, Cluster]:
         """The exit code, and what is left of the cluster."""
         for number in range(restarts + 1):
+            if stage.distributed and cluster.hosts:
+                cluster = reachable_part(cluster, may_shrink=restarts > 0)
             code = run_stage_process(stage, self.run_folder, cluster)
             if code in (EXIT_DONE, EXIT_USER, EXIT_INTERRUPTED) or number == restarts:
                 return code, cluster
-            if cluster.hosts:
-                cluster = reachable_part(cluster)
             log.warning("%s failed (code %d); start %d of %d", stage.label, code, number + 1, restarts)
         raise AssertionError("the loop returns")
 
 
-def reachable_part(cluster: Cluster) -> Cluster:
-    """The cluster without the hosts that no longer answer ssh. Raises Unavailable where none does."""
+def reachable_part(cluster: Cluster, *, may_shrink: bool) -> Cluster:
+    """The cluster without the hosts that do not answer ssh: ranks would wait for theirs until the rendezvous gives up.
+
+    Raises Unavailable where one of them does not answer and may not be left out, and where none does.
+    """
 
     def answers(host: str) -> bool:
         return subprocess.run(["ssh", *SSH_OPTIONS, host, "true"], check=False, capture_output=True).returncode == 0
@@ -119,7 +122,9 @@ def reachable_part(cluster: Cluster) -> Cluster:
         hosts = dict(zip(cluster.hosts, pool.map(answers, cluster.hosts), strict=True))
     lost = [host for host, there in hosts.items() if not there]
     if len(lost) == len(hosts):
-        raise Unavailable("no host answers ssh any more")
+        raise Unavailable(f"no host answers ssh: {', '.join(lost)}")
+    if lost and not may_shrink:
+        raise Unavailable(f"{', '.join(lost)}: no answer by ssh; --max-restarts 1 would go on without")
     if lost:
         log.warning("going on without %s", ", ".join(lost))
     left = tuple(host for host in hosts if host not in lost)

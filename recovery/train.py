@@ -323,6 +323,7 @@ def train(run: Run, workspace: Workspace | None, stopping: Stopping) -> Watch:
 
 def write_checkpoint(run: Run, step: int, watch: Watch, workspace: Workspace | None) -> None:
     """Save the state after `step` steps. Every rank must call it; the leader has the workspace."""
+    began = time.monotonic()
     state = run.engine.state()
     if workspace is not None:
         save_checkpoint(run.folder / CHECKPOINTS, step, state)
@@ -331,6 +332,7 @@ def write_checkpoint(run: Run, step: int, watch: Watch, workspace: Workspace | N
         for path in set((run.folder / BEST).glob("step-*.safetensors")) - wanted:
             path.unlink()
         workspace.tick()
+    run.tracker.metrics({"perf/checkpoint_seconds": time.monotonic() - began}, step)
 
 
 def keep(run: Run, lines: list[dict[str, float]], ends: list[int], seconds: float) -> None:

@@ -1,10 +1,13 @@
-"""What goes wrong on several ranks of one host: a user's mistake, a full disk."""
+"""What goes wrong on several ranks of one host: a user's mistake, a full disk, a loss that is not a number."""
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from launch.pipeline import run_stage_process
 from launch.resolve import Stage, build_stages, resolve_names
 from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER
 from recovery.files import HashMemory
+from tests.corrupted import BAD_STEP
 from tests.pipeline import tiny_recipe
 
 TWO = Cluster(name="two-ranks", device="cpu", processes=2, heartbeat_s=10)
@@ -75,5 +79,27 @@ def test_a_disk_that_fills_up_costs_no_more_than_the_steps_behind_the_checkpoint
     assert not stage.job.runtime.output.exists()
     filler.unlink()
     assert start(stage, small_disk, capfd)[0] == EXIT_DONE
+    one, other = (folder.job.runtime.output / "adapter_model.safetensors" for folder in (stage, undisturbed))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_loss_that_is_not_a_number_stops_all_ranks_and_costs_no_checkpoint(
+    prepared: tuple[Path, Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    settings = {"epochs": 4, "checkpoint_every": 4}
+    undisturbed = training(prepared, tmp_path / "undisturbed", train=settings)
+    assert start(undisturbed, tmp_path / "undisturbed", capfd)[0] == EXIT_DONE
+    stage = training(prepared, tmp_path / "disturbed", train=settings)
+    code, said = start(replace(stage, module="tests.corrupted"), tmp_path / "disturbed", capfd)
+    assert code == EXIT_FAILED
+    found = re.search(rf"loss nan.* at step {BAD_STEP + 1}, samples \[([0-9, ]+)\]; nothing was saved over", said)
+    assert found is not None, said
+    assert 0 < len(found.group(1).split(",")) < 48
+    assert not stage.job.runtime.output.exists()
+    (checkpoints,) = (tmp_path / "disturbed" / "artifacts").glob(".train-*/.checkpoints")
+    assert {json.loads(note.read_text())["step"] for note in checkpoints.glob("step-*.json")} == {4, 8}
+    code, said = start(stage, tmp_path / "disturbed", capfd)
+    assert code == EXIT_DONE, said
+    assert "going on after step 8" in said
     one, other = (folder.job.runtime.output / "adapter_model.safetensors" for folder in (stage, undisturbed))
     assert one.read_bytes() == other.read_bytes()

@@ -75,6 +75,17 @@ def test_a_killed_host_is_left_out_and_training_goes_on_from_its_checkpoint(host
     wait_until(lambda: nothing_left(hosts.a))
 
 
+def test_a_host_that_is_dead_before_the_start_is_named_at_once(hosts: Hosts, site: Site):
+    hosts.b.cut_off()
+    try:
+        assert hosts.complete(site.arguments(site.cluster("node-a", "node-b")), site.output, 60) == 1
+    finally:
+        hosts.b.connect()
+    assert "node-b: no answer by ssh" in site.said()
+    assert "Traceback" not in site.said()
+    assert not list((site.folder / "runs" / "artifacts").glob("*train-*"))
+
+
 @pytest.mark.parametrize("fault", ["frozen", "cut off", "a killed rank"])
 def test_a_lost_host_ends_the_job_on_all_and_is_named(hosts: Hosts, site: Site, alone: Site, fault: str):
     process = start(site)
