@@ -91,7 +91,8 @@ def produce(job: DeliverJob, workspace: Workspace) -> dict[str, Any]:
     summary = read_json(job.report.path / "summary.json")
     write_json(folder / "summary.json", summary)
     scored = read_json(job.scores.path / "divergence.json")["held_out"]["kl"]
-    width = used_width(*(load_vocabulary(model.path, model.revision) for model in (job.reference, job.degraded)))
+    theirs, own = (load_vocabulary(model.path, model.revision) for model in (job.reference, job.degraded))
+    width = used_width(theirs, own)
     text = read_split(job.corpus.path, "held_out")
     reference = load_model(job.reference, job.dtype)
 

@@ -198,9 +198,10 @@ def run_stage(
             raise
         code = exit_code_of(error)
         how = "interrupted" if code == EXIT_INTERRUPTED else "failed"
-        if "RANK" in os.environ and code in (EXIT_USER, EXIT_INTERRUPTED):
-            # Launchers of several ranks have codes of their own.
-            write_atomic(exit_file_of(arguments.job), str(code))
+        exit_file = exit_file_of(arguments.job)
+        # Launchers of several ranks have codes of their own; and what ended a rank is why they interrupt the others.
+        if "RANK" in os.environ and (code == EXIT_USER or (code == EXIT_INTERRUPTED and not exit_file.exists())):
+            write_atomic(exit_file, str(code))
         log.debug("error: %s", (str(error).splitlines() or [type(error).__name__])[0])  # which the log file keeps
     sys.stdout.flush()
     sys.stderr.flush()

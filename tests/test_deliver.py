@@ -46,7 +46,7 @@ def stage_of(recipe: Recipe, runs: Path, *, merged: bool) -> Stage:
 
 
 def deliver(recipe: Recipe, runs: Path, *, merged: bool) -> Path:
-    job = stage_of(recipe, runs, merged=merged).job
+    job: Any = stage_of(recipe, runs, merged=merged).job
     build(job, eval.deliver.produce, resumable=False)
     return job.runtime.output
 
@@ -100,7 +100,7 @@ def test_a_form_that_is_not_what_was_scored_is_not_delivered(
     monkeypatch.setattr(eval.deliver, "write_merged", unmerged)
     changed = recipe.model_copy(update={"name": "another"})
     run_in_process(changed, runs)
-    job = stage_of(changed, runs, merged=True).job
+    job: Any = stage_of(changed, runs, merged=True).job
     with pytest.raises(Unavailable, match=r"merged, loaded again: KL .* nothing is delivered"):
         build(job, eval.deliver.produce, resumable=False)
     left = [path.name for path in runs.glob(f"artifacts/*{job.runtime.output.name}*")]
