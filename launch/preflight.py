@@ -23,6 +23,7 @@ from recovery.errors import EXIT_DONE, EXIT_FAILED, Unavailable, UserError
 PROBE_S = 100.0
 CLOCK_SKEW_S = 1.0
 HERE = "this host"
+SLURM_HOSTS = "SLURM_JOB_NODELIST"
 
 
 @dataclass
@@ -47,11 +48,10 @@ def on_host(host: str, command: Sequence[str], environment: dict[str, str]) -> l
 def preflight(cluster: Cluster, runs_dir: Path, models: list[str]) -> Report:
     """Look at every host. models: folders that all must see.
 
-    Raises Unavailable where no host answers, UserError for Slurm, whose hosts are not known before they are given.
+    Raises Unavailable where no host answers, UserError for Slurm outside of an allocation, where hosts are not known.
     """
     if cluster.slurm is not None:
-        found = f"cluster {cluster.name} is a Slurm allocation, whose hosts are not known yet"
-        raise UserError("--cluster", found, "in an allocation, give a cluster file with its `nodes`")
+        cluster = cluster.model_copy(update={"nodes": allocated(cluster), "slurm": None})
     began = time.monotonic()
     hosts = cluster.hosts or (HERE,)
     environment = base_environment(cluster)
@@ -95,6 +95,19 @@ def preflight(cluster: Cluster, runs_dir: Path, models: list[str]) -> Report:
     compare(cluster, report, models)
     report.seconds = time.monotonic() - began
     return report
+
+
+def allocated(cluster: Cluster) -> tuple[str, ...]:
+    """The hosts of the Slurm allocation that this process is in. Raises UserError outside of one."""
+    listed = os.environ.get(SLURM_HOSTS)
+    if not listed:
+        found = f"cluster {cluster.name} is a Slurm allocation, whose hosts are not known yet"
+        nodes = cluster.slurm.nodes if cluster.slurm is not None else 1
+        raise UserError("--cluster", found, f"start it in one: salloc --nodes {nodes} --exclusive")
+    done = subprocess.run(["scontrol", "show", "hostnames", listed], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Unavailable(f"scontrol does not tell the hosts of {listed}: {done.stderr.strip()[:200]}")
+    return tuple(done.stdout.split())
 
 
 def measure_network(cluster: Cluster, hosts: Sequence[str], environment: dict[str, str], report: Report) -> None:

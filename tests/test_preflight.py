@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from launch import probe
-from launch.cluster import Cluster, Hardware
-from launch.preflight import Report, compare, preflight, table
+from launch.cluster import Cluster, Hardware, Slurm
+from launch.preflight import Report, allocated, compare, preflight, table
+from recovery.errors import Unavailable, UserError
 
 FOUND: dict[str, Any] = {
     "code": "abc",
@@ -86,6 +87,26 @@ def test_two_ranks_of_this_machine_measure_the_network(tmp_path: Path):
     (found,) = report.hosts.values()
     assert 0 < found["inside_gb_s"] < 1e3
     assert [fault for fault in report.faults if "all-reduce inside the host" in fault] == report.faults
+
+
+def test_in_an_allocation_its_hosts_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With a fake scontrol, which knows one list."""
+    cluster = Cluster(name="x", slurm=Slurm(nodes=2))
+    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
+    with pytest.raises(UserError, match="hosts are not known yet; start it in one: salloc --nodes 2"):
+        preflight(cluster, tmp_path, [])
+    fake = tmp_path / "scontrol"
+    fake.write_text(
+        '#!/bin/sh\n[ "$*" = "show hostnames node-[a-b]" ] || { echo no such list >&2; exit 1; }\n'
+        "echo node-a\necho node-b\n"
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node-[a-b]")
+    assert allocated(cluster) == ("node-a", "node-b")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "nonsense[")
+    with pytest.raises(Unavailable, match="no such list"):
+        allocated(cluster)
 
 
 @pytest.fixture
