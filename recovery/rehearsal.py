@@ -245,7 +245,7 @@ def rehearse(
         for model in (theirs, own):
             _give_storages(model, _like)
         student, batch = _with_kernels(theirs, own), _batch(lengths).each(_like)
-        with _linear_of_zero3() if in_pieces else contextlib.nullcontext():
+        with _linear(of_zero3=in_pieces):
             found = _noted(theirs, student, batch, train, teacher)
     return Rehearsal(
         tokens=len(batch.ids_T),
@@ -327,15 +327,16 @@ def _with_kernels(theirs: Any, own: Any) -> Student:
 
 
 @contextlib.contextmanager
-def _linear_of_zero3() -> Iterator[None]:
+def _linear(*, of_zero3: bool) -> Iterator[None]:
+    """torch.nn.functional.linear as it is under ZeRO-3 or without; DeepSpeed leaves its own behind in a process."""
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
-    own = torch.nn.functional.linear
-    torch.nn.functional.linear = zero3_linear_wrap
+    before = torch.nn.functional.linear
+    torch.nn.functional.linear = zero3_linear_wrap if of_zero3 else vars(torch._C)["_nn"].linear
     try:
         yield
     finally:
-        torch.nn.functional.linear = own
+        torch.nn.functional.linear = before
 
 
 def _noted(
