@@ -99,7 +99,8 @@ def produce(job: DeliverJob, workspace: Workspace) -> dict[str, Any]:
     def check(form: str, model: Any, logits: list[Tensor], adapted: list[Tensor]) -> Check:
         kl = measure(model, reference, text, width, MEASURE_TOKENS, f"KL of {form}").kl
         found = Check(form, kl, scored, *compare_greedy(adapted, logits, ROUNDING[job.dtype]))
-        log.info("%s: KL %.4f, scored %.4f; %d of %d greedy tokens differ", form, kl, scored, *_counts(found))
+        differ = f"{found.tokens_different} of {found.tokens_compared} greedy tokens differ"
+        log.info("%s: KL %.4f, scored %.4f; %s", form, kl, scored, differ)
         return found
 
     recovered = load_adapter(load_model(job.degraded, job.dtype), folder)
@@ -119,10 +120,6 @@ def produce(job: DeliverJob, workspace: Workspace) -> dict[str, Any]:
             )
     write_atomic(folder / "README.md", model_card(job, summary, read_manifest(job.adapter.path), checks))
     return {"forms": [one.form for one in checks]}
-
-
-def _counts(check: Check) -> tuple[int, int]:
-    return check.tokens_different, check.tokens_compared
 
 
 def write_merged(job: DeliverJob, recovered: Any, folder: Path) -> None:

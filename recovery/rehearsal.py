@@ -47,9 +47,6 @@ class Work:
 
     operations: Counter[tuple[int, int]]
 
-    def __add__(self, other: Work) -> Work:
-        return Work(self.operations + other.operations)
-
     @property
     def flops(self) -> int:
         return sum(flops * count for (flops, _), count in self.operations.items())
