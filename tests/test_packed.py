@@ -108,6 +108,10 @@ def test_the_adapter_fits_the_packed_base(
     folders = run_in_process(recipe, tmp_path / "runs", until="repair")
     base: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     assert type(base.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    for module in base.modules():
+        if type(module).__name__ == "Linear4bit":
+            # Its kernel for processors with AVX-512 bfloat16 rounds to bfloat16 and takes no width of 96.
+            module.support_avx512bf16_for_cpu = False
     adapted = PeftModel.from_pretrained(base, folders["repair"]).eval()
     ours = load_adapter(load(path), folders["repair"])
     ids = torch.arange(3, 40)[None]
