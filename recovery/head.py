@@ -71,21 +71,29 @@ def _project(hidden_TH: Tensor, weight_VH: Tensor, out_TV: Tensor) -> None:
         # A float32 head in tiles too: on CPUs an eighth faster than in one product.
         wide_TH = hidden_TH.to(out_TV.dtype)
         for rows, tile_RH in _tiles(weight_VH, out_TV.dtype):
-            torch.mm(wide_TH, tile_RH.T, out=out_TV[:, rows])
+            out_TV[:, rows] = _linear(wide_TH, tile_RH)
 
 
 def _project_back(gradient_TV: Tensor, weight_VH: Tensor) -> Tensor:
     """gradient @ weight"""
     if weight_VH.dtype == gradient_TV.dtype:
-        return gradient_TV @ weight_VH
+        return _linear(gradient_TV, weight_VH.T)
     if gradient_TV.is_cuda:
         high_TV, low_TV = split(gradient_TV, weight_VH.dtype)
         product_TH = torch.mm(high_TV, weight_VH, out_dtype=torch.float32)
         return product_TH.add_(torch.mm(low_TV, weight_VH, out_dtype=torch.float32))
     product_TH = gradient_TV.new_zeros(len(gradient_TV), weight_VH.shape[1])
     for rows, tile_RH in _tiles(weight_VH, gradient_TV.dtype):
-        product_TH.addmm_(gradient_TV[:, rows], tile_RH)
+        product_TH += _linear(gradient_TV[:, rows], tile_RH.T)
     return product_TH
+
+
+def _linear(rows_TK: Tensor, weight_OK: Tensor) -> Tensor:
+    """rows @ weight.T (T, O), without a gradient; of float32 on a CPU by oneDNN, which torch asks for compiled models
+    only: in float32 throughout, and on AMD's processors twice as fast as MKL's product."""
+    if rows_TK.device.type == "cpu" and rows_TK.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(rows_TK, weight_OK, None, "none", [], "")
+    return rows_TK @ weight_OK.T
 
 
 def split(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
