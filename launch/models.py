@@ -8,7 +8,7 @@ from typing import Any
 from recovery.config import ModelInput
 from recovery.errors import UserError
 from recovery.files import HashMemory, digest_of, read_json
-from recovery.sources import is_gguf
+from recovery.sources import is_gguf, weight_files
 
 TOKENIZER_AND_CONFIG = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -44,6 +44,7 @@ def _local(folder: Path, where: str, memory: HashMemory) -> ModelInput:
                 "save the model as safetensors",
             )
         raise UserError(where, f"no *.safetensors in {folder}", "save the model as safetensors")
+    weight_files(folder)  # an index that is there must name what is there
     for path in weights:
         _check_safetensors(path, where)
     files = sorted([*weights, *(path for pattern in TOKENIZER_AND_CONFIG for path in folder.glob(pattern))])

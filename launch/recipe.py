@@ -18,6 +18,12 @@ from recovery.damage_config import Damage
 from recovery.errors import UserError, UserErrors
 from recovery.settings import Config
 
+MOST_VALUES = 100_000
+"""Of a recipe: a few lines with anchors can stand for billions of values."""
+MOST_SHOWN = 200
+"""Characters of what was found, in an error."""
+OF_YAML = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+"""What PyYAML's own constructors raise (impossible dates, unknown truth values), beside YAMLError."""
 CREDENTIALS = re.compile(r"//[^/@\s'\"]*@")
 ConfigType = TypeVar("ConfigType", bound=Config)
 
@@ -121,11 +127,28 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.load(path.read_text(), Loader=_UniqueKeys)  # noqa: S506 - a subclass of the safe loader
     except OSError as error:
         raise UserError(str(path), error.strerror or "not readable", "give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(str(path), f"not YAML ({' '.join(str(error).split())})", "mend the file") from error
+    except (yaml.YAMLError, *OF_YAML) as error:
+        raise UserError(str(path), f"not YAML ({' '.join(_short(str(error)).split())})", "mend the file") from error
+    if _values(content, MOST_VALUES) > MOST_VALUES:
+        raise UserError(str(path), f"more than {MOST_VALUES} values, its anchors followed", "write it shorter")
     if not isinstance(content, dict):
         raise UserError(str(path), f"a {type(content).__name__}, not a mapping of sections", "see launch/recipes/")
     return content
+
+
+def _values(content: Any, most: int) -> int:
+    """How many values there are with every anchor followed; counts no further than a few beyond `most`."""
+    count, left = 0, [content]
+    while left and count <= most:
+        value = left.pop()
+        count += 1
+        if isinstance(value, dict | list):
+            left.extend(value.values() if isinstance(value, dict) else value)
+    return count
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -166,7 +189,7 @@ def _user_error(kind: type[BaseModel], path: Path, fault: Any) -> UserError:
     parts, models = _follow(kind, fault["loc"])
     where = ".".join(map(str, parts)) or str(path)
     found = fault["input"]
-    shown = CREDENTIALS.sub("//...@", repr(found)) if not isinstance(found, dict) else "a section"
+    shown = _short(CREDENTIALS.sub("//...@", repr(found))) if not isinstance(found, dict) else "a section"
     if fault["type"] == "extra_forbidden":
         _, models = _follow(kind, fault["loc"][:-1])
         known = sorted({name for model in models for name in model.model_fields})

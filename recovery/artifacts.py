@@ -19,9 +19,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from pydantic import BaseModel, ValidationError
+
 from recovery.config import Job
 from recovery.errors import DamagedArtifact, UserError
 from recovery.files import HashMemory, digest_of, read_json, sync_folder, write_json
+from recovery.settings import Config
 
 MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = 1
@@ -86,14 +89,45 @@ def is_artifact(folder: Path) -> bool:
         return False
 
 
+class _File(Config):
+    sha256: str
+    bytes: int
+
+
+class _Manifest(BaseModel):
+    """What readers rely on; there is more in it."""
+
+    stage: str
+    identity: str
+    job: dict[str, Any]
+    inputs: dict[str, dict[str, Any]]
+    files: dict[str, _File]
+    content: str
+    details: dict[str, Any]
+    seconds: float
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(str(folder), "no manifest.json in it", "give the folder of a finished artifact")
-    manifest = read_json(path)
+    manifest, remedy = read_json(path), f"remove {folder} to make it anew"
     if not isinstance(manifest, dict) or manifest.get("manifest_schema") != MANIFEST_SCHEMA:
-        raise DamagedArtifact(str(path), "not a manifest of this version", f"remove {folder} to make it anew")
+        raise DamagedArtifact(str(path), "not a manifest of this version", remedy)
+    try:
+        _Manifest.model_validate(manifest, strict=True)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise DamagedArtifact(str(path), f"{'.'.join(map(repr, fault['loc']))}: {fault['msg']}", remedy) from error
     return manifest
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether a file is the folder's own, behind all links; false for what no file can be called."""
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # a name too long, with a zero byte, a loop of links
+        return False
 
 
 def verify(folder: Path, memory: HashMemory | None = None) -> dict[str, Any]:
@@ -103,6 +137,8 @@ def verify(folder: Path, memory: HashMemory | None = None) -> dict[str, Any]:
     remedy = f"remove {folder} and run the same command to make it anew"
     for name, entry in manifest["files"].items():
         path = folder / name
+        if not _lies_in(path, folder):
+            raise DamagedArtifact(str(folder / MANIFEST), f"names {name!r}, which lies outside", remedy)
         if not path.is_file():
             raise DamagedArtifact(str(path), "the file is missing", remedy)
         size = path.stat().st_size

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from recovery.errors import UserError
 from recovery.files import read_json, write_atomic, write_json
 
 KEEP = 2
@@ -31,9 +34,10 @@ def load_checkpoint(folder: Path) -> tuple[int, dict[str, Tensor]] | None:
     """(step, state) of the last checkpoint whose hash is right, or None. A damaged one is named and passed over."""
     for note in sorted(folder.glob("step-*.json"), reverse=True):
         path = note.with_suffix(".safetensors")
-        about = read_json(note)
-        payload = path.read_bytes() if path.is_file() else b""
-        if hashlib.sha256(payload).hexdigest() == about["sha256"]:
-            return int(about["step"]), load(payload)
+        with contextlib.suppress(UserError, OSError, KeyError, TypeError, ValueError, SafetensorError):
+            about = read_json(note)
+            payload = path.read_bytes()
+            if hashlib.sha256(payload).hexdigest() == about["sha256"]:
+                return int(about["step"]), load(payload)
         log.warning("checkpoint %s is damaged; trying the one before", path)
     return None

@@ -29,6 +29,7 @@ from recovery.files import read_json, write_atomic
 from recovery.teacher_signal import TopLogprobs
 
 SUMMARY = "summary.json"
+REMEDY = "remove its corpus and generate it again"
 TOKENIZER = "tokenizer"
 Split = Literal["train", "held_out"]
 FinishReason = Literal["length", "stop"]
@@ -130,11 +131,11 @@ def write_shard(path: Path, samples: Sequence[Sample]) -> None:
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     """A Parquet file of ours, or some columns of it. Raises DamagedArtifact for one that cannot be read."""
     try:
-        return pq.read_table(path, columns=columns, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
-        raise DamagedArtifact(
-            str(path), "not a readable Parquet shard (truncated?)", "remove its corpus and generate it again"
-        ) from error
+        table = pq.read_table(path, columns=columns, page_checksum_verification=True)
+        _ = table.schema.names  # decoded here
+        return table
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise DamagedArtifact(str(path), "not a readable Parquet shard (truncated?)", REMEDY) from error
 
 
 def _read_shard(path: Path) -> pa.Table:
@@ -145,7 +146,14 @@ def _read_shard(path: Path) -> pa.Table:
             f"columns {table.schema.names}, a corpus shard has {SCHEMA.names}",
             "give a corpus of this project",
         )
-    return table.cast(SCHEMA)
+    try:
+        table = table.cast(SCHEMA)
+    except pa.ArrowException as error:
+        raise DamagedArtifact(str(path), f"columns of other types ({error})", REMEDY) from error
+    holes = [name for name in SCHEMA.names if table[name].null_count]
+    if holes or any(chunk.values.null_count for chunk in table["tokens"].chunks):
+        raise DamagedArtifact(str(path), f"holes in column {holes[0] if holes else 'tokens'}", REMEDY)
+    return table
 
 
 def shards_of(corpus: Path, split: Split) -> list[Path]:
@@ -168,15 +176,24 @@ def read_split(corpus: Path, split: Split) -> Tokens:
     table = pa.concat_tables(tables).sort_by("index").combine_chunks()
     index = table["index"].to_numpy()
     if len(np.unique(index)) != len(index):
-        raise DamagedArtifact(str(corpus / split), "an index is held twice", "remove the corpus and generate it again")
+        raise DamagedArtifact(str(corpus / split), "an index is held twice", REMEDY)
     lists = table["tokens"].combine_chunks()
     lists = lists.chunk(0) if isinstance(lists, pa.ChunkedArray) else lists
     offsets = lists.offsets.to_numpy().astype(np.int64)
     ids = lists.values.to_numpy()
     if not np.array_equal(np.diff(offsets), table["length"].to_numpy()):
-        raise DamagedArtifact(str(corpus / split), "a row's length differs from its token count", "generate it again")
-    skip = int(read_json(corpus / SUMMARY).get("skip", 0))
+        raise DamagedArtifact(str(corpus / split), "a row's length differs from its token count", REMEDY)
+    skip = read_skip(corpus)
     return Tokens(index, offsets - offsets[0], ids[offsets[0] : offsets[-1]], skip)
+
+
+def read_skip(corpus: Path) -> int:
+    """Leading positions of every row that carry no loss. Raises UserError."""
+    summary = read_json(corpus / SUMMARY)
+    skip = summary.get("skip", 0) if isinstance(summary, dict) else None
+    if skip not in (0, 1):
+        raise DamagedArtifact(str(corpus / SUMMARY), f"skip is {skip!r}, not 0 or 1", REMEDY)
+    return int(skip)
 
 
 def check_ids(tokens: Tokens, width: int, where: str) -> None:

@@ -15,10 +15,15 @@ class UserError(Exception):
     """
 
     def __init__(self, where: str, found: str, remedy: str) -> None:
-        super().__init__(f"{where}: {found}; {remedy}")
+        super().__init__(_printable(f"{where}: {found}; {remedy}"))
         self.where = where
         self.found = found
         self.remedy = remedy
+
+
+def _printable(text: str) -> str:
+    """With what would command a terminal (names in a file from outside may hold it) spelled out."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 class UserErrors(UserError):

@@ -58,7 +58,7 @@ def write_json(path: Path, value: object) -> None:
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(str(path), f"not readable as JSON ({error})", "restore or remove it") from error
 
 

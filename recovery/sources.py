@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from recovery.errors import UserError
+from recovery.files import read_json
 
 GGUF = ".gguf"
 PACKAGES = {"gguf": "gguf", "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors"}
@@ -17,6 +18,26 @@ FORMATS = ("fp8", "mxfp4", *PACKAGES)
 
 def is_gguf(path: str) -> bool:
     return path.endswith(GGUF)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads; others beside them (consolidated.safetensors) hold the same weights again.
+
+    Raises UserError for an index that names a file which is not there, or not in this folder.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        whole = folder / "model.safetensors"
+        return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+    content = read_json(index)
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shards, dict) or not shards:
+        raise UserError(str(index), "no weight_map in it", "copy or export the model again")
+    present = {path.name: path for path in folder.glob("*.safetensors")}
+    named = set(map(str, shards.values()))
+    if missing := sorted(named - set(present)):
+        raise UserError(str(index), f"names {missing[0]!r}, which is not in the folder", "copy the model again, whole")
+    return [present[name] for name in sorted(named)]
 
 
 def pretrained(path: str, revision: str | None = None) -> tuple[str, dict[str, Any]]:

@@ -53,6 +53,18 @@ SMALL_BYTES = 1 << 14
 OPEN_BLOCKS = 64
 HIDDEN = ("hidden",)
 SPARSE = ("top_ids", "top_logprobs", "tail_ids", "tail_logprobs", "tail_weight", "rest")
+ROWS = ("index", "row_sha256", "crc32", "offsets")
+SCALARS = ("tail_weight", "rest")
+"""One number a position."""
+DTYPES = {
+    "hidden": ("BF16", "F32"),
+    "top_ids": ("I32",),
+    "top_logprobs": ("F16",),
+    "tail_ids": ("I32",),
+    "tail_logprobs": ("F16",),
+    "tail_weight": ("F32",),
+    "rest": ("F32",),
+}
 
 
 def bytes_per_token(teacher: HiddenStatesTeacher | SparseLogitsTeacher, hidden_width: int) -> int:
@@ -119,12 +131,24 @@ def write_head(folder: Path, head: Head) -> None:
 
 
 def read_head(folder: Path, student: Head, dtype: torch.dtype) -> Head:
-    """The reference's head on the student's device; of equal weights there is one copy in memory."""
+    """The reference's head on the student's device; of equal weights there is one copy in memory.
+
+    Raises DamagedArtifact for one that is none.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    device = student.weight_VH.device
-    tensors = load_file(folder / "head.safetensors")
+    device, path = student.weight_VH.device, folder / "head.safetensors"
+    remedy = f"remove {folder} and run the same command to make it anew"
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DamagedArtifact(str(path), f"not a readable head ({error})", remedy) from error
     about = read_json(folder / "head.json")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.is_floating_point()}
+    weight, bias = shapes.get("weight", ()), shapes.get("bias")
+    if len(weight) != 2 or len(shapes) != len(tensors) or bias not in (None, weight[:1]):
+        raise DamagedArtifact(str(path), f"tensors of shapes {shapes} are no head", remedy)
     weight_VH = tensors["weight"].to(dtype)
     own_VH = student.weight_VH
     # Under ZeRO-3 the student's own is not there as a whole.
@@ -154,18 +178,40 @@ class Blocks:
         for number, path in enumerate(sorted(folder.glob("block-*.safetensors"))):
             try:
                 with safe_open(path, framework="pt") as block:
-                    index = block.get_tensor("index").tolist()
-                    digests = block.get_tensor("row_sha256").numpy()
-                    self._sums.append(block.get_tensor("crc32").tolist())
-                    self._offsets.append(block.get_tensor("offsets").numpy())
+                    rows = {name: block.get_tensor(name) for name in ROWS}
+                    kinds = {name: block.get_slice(name) for name in names}
+                    self._check_kinds(path, rows, {n: (k.get_dtype(), k.get_shape()) for n, k in kinds.items()})
             except (OSError, SafetensorError) as error:
                 raise DamagedArtifact(str(path), f"not a readable block ({error})", self._remedy) from error
-            for row, (own, digest) in enumerate(zip(index, digests, strict=True)):
+            self._sums.append(rows["crc32"].tolist())
+            self._offsets.append(rows["offsets"].numpy())
+            counts = np.diff(self._offsets[-1]).tolist()
+            for row, (own, digest) in enumerate(zip(rows["index"].tolist(), rows["row_sha256"].numpy(), strict=True)):
                 position = len(self._places)
                 self._check(path, own, digest.tobytes(), tokens, position)
+                if counts[row] != loss_positions(int(tokens.lengths[position]), tokens.skip):
+                    raise DamagedArtifact(str(path), f"row {own} has {counts[row]} positions", self._remedy)
                 self._places.append((number, row))
         if len(self._places) != len(tokens):
             raise DamagedArtifact(str(folder), f"{len(self._places)} of {len(tokens)} rows", self._remedy)
+
+    def _check_kinds(self, path: Path, rows: dict[str, Tensor], kinds: dict[str, tuple[str, list[int]]]) -> None:
+        """Dtypes and shapes: a checksum of bytes does not cover what they are taken for."""
+        count = len(rows["index"]) if rows["index"].ndim else 0
+        wanted = {
+            "index": (torch.int64, (count,)),
+            "row_sha256": (torch.uint8, (count, 32)),
+            "crc32": (torch.int64, (count,)),
+            "offsets": (torch.int64, (count + 1,)),
+        }
+        wrong = [name for name, tensor in rows.items() if (tensor.dtype, tuple(tensor.shape)) != wanted[name]]
+        if not wrong:
+            offsets = rows["offsets"].tolist()
+            wrong = ["offsets"] if offsets[0] != 0 or offsets != sorted(offsets) else []
+            wrong += [n for n, (dtype, shape) in kinds.items() if dtype not in DTYPES[n] or shape[:1] != offsets[-1:]]
+            wrong += [n for n, (_, shape) in kinds.items() if len(shape) != (1 if n in SCALARS else 2)]
+        if wrong:
+            raise DamagedArtifact(str(path), f"{wrong[0]} is not of its dtype and shape", self._remedy)
 
     def _check(self, path: Path, index: int, digest: bytes, tokens: Tokens, position: int) -> None:
         if position >= len(tokens) or index != tokens.index[position]:

@@ -109,6 +109,28 @@ def write_signal(
     write_atomic(path, save(tensors, metadata={"format": FORMAT}))
 
 
+def _wrong_kind(tensors: dict[str, Any], rows: int) -> str | None:
+    """The name of a tensor that is missing or not as the format has it."""
+    positions = len(tensors["emitted"]) if "emitted" in tensors and tensors["emitted"].ndim else 0
+    k = tensors["top_ids"].shape[-1] if "top_ids" in tensors and tensors["top_ids"].ndim else 0
+    wanted = {
+        "index": ("int64", (rows,)),
+        "row_sha256": ("uint8", (rows, 32)),
+        "first": ("int32", (rows,)),
+        "offsets": ("int64", (rows + 1,)),
+        "top_ids": ("int32", (positions, k)),
+        "top_logprobs": ("float32", (positions, k)),
+        "emitted": ("float32", (positions,)),
+        "rest": ("float32", (positions,)),
+        "drawn": ("uint8", (positions,)),
+    }
+    for name, (dtype, shape) in wanted.items():
+        if name not in tensors or tensors[name].dtype != dtype or tensors[name].shape != shape:
+            return name
+    offsets = tensors["offsets"].tolist()
+    return None if offsets[0] == 0 and offsets[-1] == positions and offsets == sorted(offsets) else "offsets"
+
+
 def check_signal(path: Path, index: Sequence[int], rows: Sequence[NDArray[np.int32]]) -> dict[str, Any]:
     """The tensors of one shard's signal, checked against the rows it belongs to. Raises DamagedArtifact by row."""
     from safetensors import SafetensorError
@@ -117,8 +139,10 @@ def check_signal(path: Path, index: Sequence[int], rows: Sequence[NDArray[np.int
     remedy = "remove its corpus and generate it again"
     try:
         tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, AttributeError, TypeError) as error:  # the last two: dtypes that numpy lacks
         raise DamagedArtifact(str(path), f"not a readable signal ({error})", remedy) from error
+    if wrong := _wrong_kind(tensors, len(rows)):
+        raise DamagedArtifact(str(path), f"{wrong} is not of its dtype and shape", remedy)
     if tensors["index"].tolist() != list(index):
         raise DamagedArtifact(str(path), "it holds other rows than its shard", remedy)
     for place, row in enumerate(rows):

@@ -11,7 +11,7 @@ from torch import Tensor
 from recovery.config import ModelInput
 from recovery.errors import UserError
 from recovery.files import read_json
-from recovery.sources import is_gguf
+from recovery.sources import is_gguf, weight_files
 
 BUFFERS = ("inv_freq", "masked_bias", "attn.bias")
 """Ends of the names of tensors that old checkpoints hold and no model needs."""
@@ -81,12 +81,3 @@ def loaded_weights(path: Path) -> dict[str, Tensor]:
             weights[name] = tensor.detach()
         seen.add(id(tensor))
     return weights
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads; others beside them (consolidated.safetensors) hold the same weights again."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return sorted({folder / name for name in read_json(index)["weight_map"].values()})
-    whole = folder / "model.safetensors"
-    return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
