@@ -19,7 +19,7 @@ from eval.table import MODELS, tasks_of
 from recovery.artifacts import Workspace
 from recovery.files import write_atomic, write_json
 from recovery.stage import run_stage
-from recovery.tracking import Tracker
+from recovery.tracking import Tracker, shown_files
 
 
 def flat_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
@@ -54,9 +54,8 @@ def produce(job: ReportJob, workspace: Workspace) -> dict[str, Any]:
     with Tracker(job.runtime.tracking, folder / "metrics.jsonl") as tracker:
         step = max((line["step"] for line in evidence.history), default=0)
         tracker.metrics(flat_metrics(summary), step)
-        for path in sorted(folder.glob("*.*")):
-            if path.name != "metrics.jsonl":
-                tracker.artifact(path, "report")
+        for path in shown_files(folder):
+            tracker.artifact(path, "report")
     return {"kl": summary["kl"], "ar_percent": summary["ar_percent"]}
 
 

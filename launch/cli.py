@@ -29,6 +29,7 @@ from launch.recipe import Recipe, load_recipe
 from launch.resolve import Stage, build_stages, check_models, generate_job, resolve_names
 from launch.servers import ServerPool
 from launch.slurm import batch_script, script_file, submit
+from launch.track import track_app
 from recovery.errors import EXIT_DONE, EXIT_FAILED, UserError
 from recovery.files import HashMemory
 
@@ -41,6 +42,7 @@ app = typer.Typer(
 )
 
 app.add_typer(corpus_app, name="corpus")
+app.add_typer(track_app, name="track")
 
 NO_STAGE = {
     "degrade": "its degraded model is given; run the next stage",

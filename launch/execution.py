@@ -73,15 +73,19 @@ class Plan:
         parent: the MLflow run of the study that this is a point of. max_restarts: how often a stage on several
         processes is started again after it failed; it goes on from its last checkpoint.
         """
-        stages = self.wanted
-        if self.todo(memory):
-            check_models(self.recipe, self.names)
-            from launch.tracking import start_run
-            from recovery.stage import set_up_logging
+        if not self.todo(memory):
+            return self._run_stages(self.wanted, memory, max_restarts)
+        check_models(self.recipe, self.names)
+        from launch.tracking import tracked
+        from recovery.stage import set_up_logging
 
-            set_up_logging("run", self.run_folder / "logs" / "run.log")
-            tracking = start_run(self.recipe, self.runs_dir, parent)
-            stages = [stage.tracked_by(tracking) for stage in stages]
+        set_up_logging("run", self.run_folder / "logs" / "run.log")
+        with tracked(self.recipe, self.runs_dir, parent) as run:
+            stages = [stage.tracked_by(run.tracking) for stage in self.wanted]
+            run.code = self._run_stages(stages, memory, max_restarts)
+        return run.code
+
+    def _run_stages(self, stages: list[Stage], memory: HashMemory, max_restarts: int) -> int:
         cluster = self.cluster
         for stage in stages:
             # Looked at again: a stage before it may just have been made anew, from which this one was not made.

@@ -7,13 +7,18 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launch.recipe import Recipe
+from launch.resolve import Stage
+from recovery.artifacts import folder_of
 from recovery.config import Tracking
+from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, Unavailable
 from recovery.files import read_json, write_json
-from recovery.tracking import mlflow_client
+from recovery.tracking import BATCH, first_line, mlflow_client, read_metrics, shown_files
 
 log = logging.getLogger("recover-lora")
 
@@ -37,7 +42,7 @@ def start_run(recipe: Recipe, runs_dir: Path, parent: str | None = None) -> Trac
         known = read_json(note) if note.exists() else {}
         if (known.get("store"), known.get("recipe")) == (store, content):
             with contextlib.suppress(MlflowException):  # removed from the store: a new run is made
-                client.get_run(known["run_id"])
+                client.update_run(known["run_id"], status="RUNNING")
                 return Tracking(uri=written, experiment=recipe.tracking.experiment, run_id=known["run_id"])
         identifier = _experiment(client, recipe.tracking.experiment, runs_dir if written else None)
         tags = {} if parent is None else {"mlflow.parentRunId": parent}
@@ -46,7 +51,7 @@ def start_run(recipe: Recipe, runs_dir: Path, parent: str | None = None) -> Trac
         for key, value in params.items():
             client.log_param(run.info.run_id, key, value)
     except Exception as error:  # noqa: BLE001 - whatever a tracking server does, the run goes on
-        _say_silent(error, uri)
+        _say_silent(error)
         return None
     note.parent.mkdir(parents=True, exist_ok=True)
     write_json(note, {"store": store, "recipe": content, "run_id": run.info.run_id})
@@ -68,7 +73,7 @@ def start_study(name: str, experiment: str, runs_dir: Path) -> str | None:
                 return str(client.get_run(known["run_id"]).info.run_id)
         run = client.create_run(_experiment(client, experiment, own), run_name=name, tags={"recover-lora.study": name})
     except Exception as error:  # noqa: BLE001 - as for a recipe's run
-        _say_silent(error, uri)
+        _say_silent(error)
         return None
     note.parent.mkdir(parents=True, exist_ok=True)
     write_json(note, {"store": store, "run_id": run.info.run_id})
@@ -82,10 +87,88 @@ def _experiment(client: Any, name: str, runs_dir: Path | None) -> str:
     return found.experiment_id if found else client.create_experiment(name, artifact_location=location)
 
 
-def _say_silent(error: Exception, uri: str) -> None:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    first = first.replace(uri, "its store")  # which may hold a password
-    log.warning("MLflow does not answer (%s); metrics stay in the artifacts' metrics.jsonl", first)
+def _say_silent(error: Exception) -> None:
+    log.warning(
+        "MLflow does not answer (%s); metrics stay in the artifacts' metrics.jsonl until `recover-lora track sync`",
+        first_line(error),
+    )
+
+
+@dataclass
+class Attempt:
+    """tracking: what the stages log to. code: the exit code, to be set."""
+
+    tracking: Tracking | None
+    code: int = EXIT_FAILED
+
+
+@contextlib.contextmanager
+def tracked(recipe: Recipe, runs_dir: Path, parent: str | None = None) -> Iterator[Attempt]:
+    """The run while its stages are at work; at the end MLflow is told how they ended."""
+    attempt = Attempt(start_run(recipe, runs_dir, parent))
+    try:
+        yield attempt
+    except KeyboardInterrupt:
+        attempt.code = EXIT_INTERRUPTED
+        raise
+    finally:
+        if attempt.tracking is not None:
+            status = {EXIT_DONE: "FINISHED", EXIT_INTERRUPTED: "KILLED"}.get(attempt.code, "FAILED")
+            try:
+                mlflow_client(attempt.tracking.uri).set_terminated(attempt.tracking.run_id, status)
+            except Exception as error:  # noqa: BLE001 - as above
+                _say_silent(error)
+
+
+@dataclass(frozen=True)
+class Sent:
+    metrics: int
+    files: int
+
+
+def sync(recipe: Recipe, stages: Sequence[Stage], runs_dir: Path, parent: str | None = None) -> Sent:
+    """Send what a tracking server has not got of a run: metrics of all stages, also unfinished ones, and the report.
+
+    What it has is asked first, so nothing is sent twice. parent: as for `start_run`. Raises Unavailable where the
+    server does not answer.
+    """
+    tracking = start_run(recipe, runs_dir, parent)
+    if tracking is None:
+        raise Unavailable("the tracking server does not answer; the same command sends everything later")
+    try:
+        client = mlflow_client(tracking.uri)
+        metrics = files = 0
+        for stage in stages:
+            folder = folder_of(stage.job)
+            if (folder / "metrics.jsonl").is_file():
+                metrics += _send_metrics(client, tracking.run_id, folder / "metrics.jsonl")
+        report = stages[-1].job.runtime.output
+        if report.exists():
+            files = _send_files(client, tracking.run_id, report)
+            client.set_terminated(tracking.run_id)
+    except Exception as error:
+        raise Unavailable(f"the tracking server stopped answering ({first_line(error)}); sync again later") from error
+    return Sent(metrics, files)
+
+
+def _send_metrics(client: Any, run: str, path: Path) -> int:
+    from mlflow.entities import Metric
+
+    missing = []
+    for name, entries in read_metrics(path).items():
+        known = {(metric.timestamp, metric.step) for metric in client.get_metric_history(run, name)}
+        missing += [Metric(name, *entry) for entry in dict.fromkeys(entries) if entry[1:] not in known]
+    for first in range(0, len(missing), BATCH):
+        client.log_batch(run, metrics=missing[first : first + BATCH])
+    return len(missing)
+
+
+def _send_files(client: Any, run: str, report: Path) -> int:
+    known = {Path(file.path).name for file in client.list_artifacts(run, "report")}
+    missing = [path for path in shown_files(report) if path.name not in known]
+    for path in missing:
+        client.log_artifact(run, str(path), "report")
+    return len(missing)
 
 
 def _flat(recipe: Recipe) -> list[tuple[str, str, str]]:

@@ -161,6 +161,15 @@ def _lock_soon(file: IO[str], artifact: Path) -> None:
             time.sleep(0.2)
 
 
+def partial_of(final: Path) -> Path:
+    return final.with_name(f".{final.name}.partial")
+
+
+def folder_of(job: Job) -> Path:
+    """Where the job's files are: in its artifact, or, while it is not finished, where they are made."""
+    return job.runtime.output if job.runtime.output.exists() else partial_of(job.runtime.output)
+
+
 class Workspace:
     """The folder in which a stage builds its artifact.
 
@@ -173,7 +182,7 @@ class Workspace:
     def __init__(self, job: Job, *, resumable: bool) -> None:
         self.job = job
         self.final = job.runtime.output
-        self.path = self.final.with_name(f".{self.final.name}.partial")
+        self.path = partial_of(self.final)
         self.resumable = resumable
         self._lock: IO[str] | None = None
         self._started = now()

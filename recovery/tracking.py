@@ -6,6 +6,7 @@ and stays in the file.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -23,6 +24,23 @@ BATCH = 500  # MLflow takes at most 1000 metrics and 100 params a call
 PATIENCE_SECONDS = 20.0
 
 
+def read_metrics(path: Path) -> dict[str, list[tuple[float, int, int]]]:
+    """(value, milliseconds since 1970, step) of every metric in such a file; a line that a kill cut is left out."""
+    found: dict[str, list[tuple[float, int, int]]] = {}
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            values = json.loads(line)
+            step, stamp = values.pop("step"), round(values.pop("time") * 1000)
+            for name, value in values.items():
+                found.setdefault(name, []).append((value, stamp, step))
+    return found
+
+
+def shown_files(folder: Path) -> list[Path]:
+    """Of a report: what belongs into MLflow's artifacts."""
+    return [path for path in sorted(folder.glob("*.*")) if path.name not in ("metrics.jsonl", "manifest.json")]
+
+
 def mlflow_client(uri: str | None) -> Any:
     """An MLflow client that gives up on a dead server within seconds."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -33,6 +51,13 @@ def mlflow_client(uri: str | None) -> Any:
     from mlflow.tracking import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
+
+
+def first_line(error: Exception) -> str:
+    """What a tracking server's error says, without the server's address, which may hold a password."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    return text.replace(uri, "its store") if uri else text
 
 
 class Tracker:
@@ -64,9 +89,9 @@ class Tracker:
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         """Names are spaced by a slash: loss/ perf/ optim/ data/ eval/."""
+        stamp = round(time.time() * 1000)
         if self._file is not None:
-            self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
-        stamp = int(time.time() * 1000)
+            self._file.write(json.dumps({"step": step, "time": stamp / 1000, **values}) + "\n")
         for name, value in values.items():
             self._queue.put(("metric", (name, float(value), stamp, step)))
 
@@ -94,8 +119,10 @@ class Tracker:
                 if last:
                     return
         except Exception as error:  # noqa: BLE001 - whatever a tracking server does, the stage goes on
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            log.warning("MLflow does not take our metrics (%s); they stay in metrics.jsonl", first)
+            log.warning(
+                "MLflow does not take our metrics (%s); they stay in metrics.jsonl until `recover-lora track sync`",
+                first_line(error),
+            )
 
     def _send_batch(self, client: Any, batch: list[tuple[str, Any]]) -> None:
         from mlflow.entities import Metric, Param

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.tracking import start_run
+from launch.tracking import Sent, start_run, sync, tracked
 from recovery.config import Tracking
-from recovery.tracking import Tracker
-from tests.pipeline import tiny_recipe
+from recovery.errors import Unavailable
+from recovery.tracking import Tracker, read_metrics, shown_files
+from tests.pipeline import make_benchmarks, run_in_process, stages_of, tiny_recipe
 
 DEAD = "http://127.0.0.1:9"
 
@@ -64,3 +65,50 @@ def test_a_secret_in_the_uri_is_never_written(tmp_path: Path, monkeypatch: pytes
     assert target is not None
     assert "secret" not in target.model_dump_json()
     assert all("secret" not in path.read_text() for path in (tmp_path / "runs").rglob("*") if path.is_file())
+
+
+def test_what_a_dead_server_missed_is_sent_once(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from mlflow.tracking import MlflowClient
+
+    recipe = tiny_recipe(tiny, make_benchmarks(tmp_path / "data"), train={"epochs": 2})
+    runs = tmp_path / "runs"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", DEAD)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    folders = run_in_process(recipe, runs)
+    stages = list(stages_of(recipe, runs).values())
+    with pytest.raises(Unavailable, match="does not answer"):
+        sync(recipe, stages, runs)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    sent = sync(recipe, stages, runs)
+    files = [folder / "metrics.jsonl" for folder in folders.values() if (folder / "metrics.jsonl").exists()]
+    wanted: dict[str, list[tuple[float, int, int]]] = {}
+    for path in files:
+        for name, entries in read_metrics(path).items():
+            wanted.setdefault(name, []).extend(entries)
+    assert {"loss/train", "eval/kl_recovered"} <= set(wanted)
+    assert sent.metrics == sum(map(len, wanted.values()))
+    assert sent.files == len(shown_files(folders["report"])) > 2
+    target = start_run(recipe, runs)
+    assert target is not None
+    client = MlflowClient(target.uri)
+    for name, entries in wanted.items():
+        history = client.get_metric_history(target.run_id, name)
+        assert sorted((one.value, one.timestamp, one.step) for one in history) == sorted(entries), name
+    assert sync(recipe, stages, runs) == Sent(0, 0)
+    assert client.get_run(target.run_id).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(("code", "status"), [(0, "FINISHED"), (1, "FAILED"), (130, "KILLED")])
+def test_mlflow_is_told_how_a_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, status: str):
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    recipe = tiny_recipe(tmp_path, tmp_path)
+    with tracked(recipe, tmp_path / "runs") as run:
+        assert run.tracking is not None
+        client = MlflowClient(run.tracking.uri)
+        assert client.get_run(run.tracking.run_id).info.status == "RUNNING"
+        run.code = code
+    assert client.get_run(run.tracking.run_id).info.status == status
+    with tracked(recipe, tmp_path / "runs"):
+        assert client.get_run(run.tracking.run_id).info.status == "RUNNING"

@@ -1,0 +1,56 @@
+"""`recover-lora track`: what MLflow has not got of runs that went on without it.
+
+recover-lora track sync launch/recipes/smollm2-135m/demo.yaml
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.cluster import load_cluster
+from launch.execution import Plan
+from launch.recipe import load_recipe, read_yaml
+from recovery.files import HashMemory
+
+track_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Runs in MLflow.",
+)
+
+
+@track_app.command(
+    help="Send what MLflow has not got: of a run, or of every point of a study. Nothing is sent twice.\n\n"
+    "Metrics stand in the artifacts' metrics.jsonl, so a run goes on while the tracking server is away.\n\n"
+    "Example: MLFLOW_TRACKING_URI=http://127.0.0.1:5000 recover-lora track sync my-recipe.yaml"
+)
+def sync(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The recipe, or the study, that was run.")],
+    overrides: Annotated[
+        list[str],
+        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="As it was run; of a recipe alone."),
+    ] = [],  # noqa: B006 - typer reads the default, nothing changes it
+    cluster: Annotated[str, typer.Option("--cluster", metavar="FILE", help="As it was run.")] = "local",
+    runs_dir: Annotated[Path, typer.Option("--runs-dir", metavar="DIR", help="Where runs and artifacts lie.")] = Path(
+        "runs"
+    ),
+) -> None:
+    on, memory, parent = load_cluster(cluster), HashMemory(runs_dir / ".hashes.json"), None
+    if "axes" in read_yaml(file):
+        from launch.study import load_study, plans_of
+        from launch.tracking import start_study
+
+        study, points = load_study(file)
+        plans = [plan for plan in plans_of(points, on, runs_dir).values() if plan.run_folder.exists()]
+        parent = start_study(study.name, points[0].recipe.tracking.experiment, runs_dir)
+    else:
+        plans = [Plan.of(load_recipe(file, overrides), on, runs_dir, memory)]
+    from launch.tracking import sync as send
+
+    for plan in plans:
+        sent = send(plan.recipe, plan.stages, runs_dir, parent)
+        print(f"{plan.recipe.name}: {sent.metrics:,} metrics and {sent.files} files sent")
