@@ -111,7 +111,7 @@ class Scores(Config):
 
 class ReportJob(Job):
     stage: ClassVar[str] = "report"
-    schema_version: ClassVar[int] = 3
+    schema_version: ClassVar[int] = 4
     name: str
     seed: int
     bootstrap: PositiveInt

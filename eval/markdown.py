@@ -7,7 +7,7 @@ from typing import Any
 
 from eval.config import ReportJob
 from eval.evidence import Evidence
-from eval.table import HEADER, benchmark_rows, divergence_rows, percent
+from eval.table import HEADER, benchmark_rows, divergence_rows, percent, verdict
 from recovery.sources import is_gguf
 
 SHOWN_VERSIONS = ("python", "torch", "transformers", "peft", "deepspeed", "datasets", "lm_eval")
@@ -23,6 +23,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def render(job: ReportJob, evidence: Evidence, summary: Mapping[str, Any]) -> str:
     sections = [
         f"# {job.name}",
+        verdict(summary),
         _result(summary),
         _effort(evidence, summary),
         _corpus(evidence),

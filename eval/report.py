@@ -1,9 +1,9 @@
-"""Report: the result of a run in Markdown, plots and `summary.json`.
+"""Report: the result of a run as a page, plots and `summary.json`.
 
     python -m eval.report JOB
 
-Writes `report.md`, `kl.png`, `accuracy.png` and `recovery.png` (where there are benchmarks), `summary.json` (keys that
-stay) and `metrics.jsonl`.
+Writes `report.html` (one page that holds its pictures) and `report.md`, `kl.png`, `accuracy.png` and `recovery.png`
+(where there are benchmarks), `summary.json` (keys that stay) and `metrics.jsonl`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from eval.config import ReportJob
 from eval.evidence import gather, summarize
 from eval.markdown import render
+from eval.page import html_page
 from eval.plots import plot_accuracy, plot_kl, plot_recovery
 from eval.table import MODELS, tasks_of
 from recovery.artifacts import Workspace
@@ -50,7 +51,9 @@ def produce(job: ReportJob, workspace: Workspace) -> dict[str, Any]:
     if job.tasks:
         plot_accuracy(summary, folder / "accuracy.png")
         plot_recovery(summary, folder / "recovery.png")
-    write_atomic(folder / "report.md", render(job, evidence, summary))
+    text = render(job, evidence, summary)
+    write_atomic(folder / "report.md", text)
+    write_atomic(folder / "report.html", html_page(job.name, text, folder))
     with Tracker(job.runtime.tracking, folder / "metrics.jsonl") as tracker:
         step = max((line["step"] for line in evidence.history), default=0)
         tracker.metrics(flat_metrics(summary), step)

@@ -9,6 +9,7 @@ from eval.benchmarks import TITLES, averaged, benchmarks_of
 from eval.config import KNOWN
 
 MODELS = ("reference", "degraded", "recovered")
+ENOUGH = 0.9
 HEADER = ("", *MODELS, "recovery")
 
 
@@ -31,6 +32,32 @@ def kl_share(kl: Mapping[str, Any]) -> str:
     """KL recovery with its interval."""
     shown = percent(kl["recovery"])
     return shown if kl["low"] is None else f"{shown} [{100 * kl['low']:.1f}, {100 * kl['high']:.1f}]"
+
+
+def verdict(summary: Mapping[str, Any]) -> str:
+    """One sentence for those who read no table: what came back, and where to look for the rest.
+
+    Recovered: at least nine tenths of the KL, and of the accuracy where its loss can be measured. Not recovered: less
+    than nothing is within the interval of the KL's share, or of the accuracy's.
+    """
+    kl, certain, top = summary["kl"], summary["ar_percent_measurable"], summary["kl_contexts"]
+    if kl is None or kl["recovery"] is None:
+        return "**Nothing to recover**: on held-out text the degraded model says what the reference says."
+    accuracy = certain["value"] if certain["tasks"] else None
+    found = f"{kl_share(kl)} of the KL came back"
+    if accuracy is not None:
+        found += f", and {accuracy:.0f} % [{certain['low']:.0f}, {certain['high']:.0f}] of the accuracy"
+    elif summary["tasks"]:
+        found += "; no benchmark's loss of accuracy is large enough to be measured"
+    if kl["recovery"] >= ENOUGH and (accuracy is None or accuracy >= 100 * ENOUGH):
+        return f"**Recovered**: {found}."
+    lost = (kl["low"] if kl["low"] is not None else kl["recovery"]) <= 0 or (accuracy is not None and accuracy <= 0)
+    why = "`recover-lora diagnose --run RECIPE` splits what is left into rank, placement, text and training"
+    if lost and kl["recovery"] > 0:
+        why = f"the accuracy follows once the KL is below 1, and it is {kl['recovered']:.2f}; {why}"
+        if kl["recovered"] < 1 and top is not None and top["recovery"] is not None:
+            why = f"on the benchmarks' own text {percent(top['recovery'])} of the KL came back; {why}"
+    return f"**{'Not' if lost else 'Partly'} recovered**: {found}. Why: {why}."
 
 
 def average_row(summary: Mapping[str, Any], benchmarks: list[str], title: str, result: Mapping[str, Any]) -> list[str]:

@@ -121,7 +121,7 @@ def print_result(recipe: Recipe, runs_dir: Path) -> None:
     summary = json.loads((run_folder / "report" / "summary.json").read_text())
     print(terminal_table(summary))
     print(f"\nadapter  {run_folder / 'adapter'}   (PeftModel.from_pretrained(degraded, this folder))")
-    print(f"report   {run_folder / 'report' / 'report.md'}")
+    print(f"report   {run_folder / 'report' / 'report.html'}   (and report.md)")
     if os.environ.get("MLFLOW_TRACKING_URI"):
         print("MLflow   the server of MLFLOW_TRACKING_URI")
     else:

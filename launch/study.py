@@ -217,7 +217,7 @@ def run_study(
         make_forecasts([plans[point.name] for point in wanted], folder)
     write_report(study, points, plans, failures, folder)
     print(status_table(states({point.name: plans[point.name] for point in wanted}, folder)))
-    print(f"\nresults  {folder / 'results.md'}")
+    print(f"\nresults  {folder / 'results.html'}   (and results.md)")
     return EXIT_FAILED if set(failures) & {point.name for point in wanted} else EXIT_DONE
 
 

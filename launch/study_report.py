@@ -1,4 +1,4 @@
-"""What a study has come to so far: `results.md`, `results.json`, `results.png`, and forecasts to compare with."""
+"""What a study has come to so far: `results.html`, `.md`, `.json` and `.png`, and forecasts to compare with."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.matrix import markdown, plot_recoveries, result_of
+from eval.page import html_page
 from launch.execution import Plan
 from launch.study import Point, Study
 from recovery.errors import UserError
@@ -42,7 +43,10 @@ def write_report(
     write_json(folder / "results.json", {"study": study.name, "points": rows})
     plot_recoveries(rows, axes, folder / "results.png")
     closing = agreement(rows)
-    write_atomic(folder / "results.md", "\n".join([f"# {study.name}", "", markdown(rows, axes), *closing]))
+    picture = "![KL recovered by every point](results.png)"
+    text = "\n".join([f"# {study.name}", "", picture, "", markdown(rows, axes), *closing])
+    write_atomic(folder / "results.md", text)
+    write_atomic(folder / "results.html", html_page(study.name, text, folder))
 
 
 def agreement(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -14,8 +14,9 @@ from eval import report
 from eval.config import KNOWN, Evaluate, ReportJob
 from eval.evidence import count_tokens, gather
 from eval.markdown import markdown_table
+from eval.page import html_page
 from eval.plots import plot_accuracy, plot_kl, plot_recovery
-from eval.table import terminal_table
+from eval.table import terminal_table, verdict
 from launch.recipe import Recipe
 from recovery.artifacts import read_manifest
 from recovery.config import Runtime
@@ -84,9 +85,10 @@ def test_the_report_opens_with_the_result_and_says_how_to_use_it(run: dict[str, 
     text = (run["report"] / "report.md").read_text()
     lines = text.splitlines()
     assert lines[0] == "# tiny"
-    assert lines[2].startswith("|  | reference | degraded | recovered |")
-    assert lines[4].startswith("| KL, held-out text")
-    assert f"{summary['kl']['recovered']:.3f}" in lines[4]
+    assert lines[2] == verdict(summary)
+    assert lines[4].startswith("|  | reference | degraded | recovered |")
+    assert lines[6].startswith("| KL, held-out text")
+    assert f"{summary['kl']['recovered']:.3f}" in lines[6]
     assert f"{summary['tokens']:,}" in text
     assert f'PeftModel.from_pretrained(degraded, "{run["train"]}")' in text
     assert f'from_pretrained("{run["degrade"]}")' in text
@@ -94,6 +96,41 @@ def test_the_report_opens_with_the_result_and_says_how_to_use_it(run: dict[str, 
     for name in re.findall(r"\]\((\w+\.png)\)", text):
         assert (run["report"] / name).read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in run["report"].glob("*.png")} == {"accuracy.png", "kl.png", "recovery.png"}
+
+
+def test_the_page_holds_everything_and_loads_nothing(run: dict[str, Path]):
+    page = (run["report"] / "report.html").read_text()
+    assert "default-src 'none'" in page
+    sources = re.findall(r'<img src="([^"]*)"', page)
+    assert len(sources) == 3
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert page.count("<table>") == 3
+
+
+def test_what_a_file_names_is_text_on_the_page(tmp_path: Path):
+    page = html_page("<b>", "a <script>x()</script> [b](javascript:x()) | `<img src=x>`", tmp_path)
+    assert "<title>&lt;b&gt;</title>" in page
+    assert not re.search(r"<script|<img|href", page)
+
+
+@pytest.mark.parametrize(
+    ("share", "low", "accuracy", "beginning"),
+    [
+        (0.95, 0.94, 97.0, "**Recovered**"),
+        (0.95, 0.94, None, "**Recovered**"),
+        (0.95, 0.94, 60.0, "**Partly recovered**"),
+        (0.60, 0.50, 95.0, "**Partly recovered**"),
+        (0.60, 0.50, -5.0, "**Not recovered**"),
+        (-0.1, -0.2, None, "**Not recovered**"),
+        (None, None, None, "**Nothing to recover**"),
+    ],
+)
+def test_the_verdict(share: float | None, low: float | None, accuracy: float | None, beginning: str):
+    summary = a_summary(measurable=accuracy is not None)
+    summary["kl"] |= {"recovery": share, "low": low, "high": share}
+    summary["ar_percent_measurable"]["value"] = accuracy
+    assert verdict(summary).startswith(beginning)
 
 
 def test_the_metrics_are_kept_beside_it(run: dict[str, Path], summary: dict[str, Any]):
