@@ -21,7 +21,7 @@ USED := torch, deepspeed, peft, datasets, mlflow, matplotlib.pyplot, scipy.stats
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install install-vllm install-peers assets demo demo-vllm lint format test test-vllm test-multinode test-matrix bench bench-client \
+.PHONY: help install install-vllm install-peers assets demo demo-vllm lint format test test-vllm test-multinode test-services test-matrix bench bench-client \
         bench-generate bench-loss bench-step bench-scaling bench-plan clean clean-venv clean-assets clean-runs
 # Where it is set, every start would compile those libraries anew (20 s).
 unexport PYTHONDONTWRITEBYTECODE
@@ -98,6 +98,10 @@ test-vllm: install install-vllm assets ## the server pool and the logits process
 test-multinode: install install-vllm assets ## training on two hosts of this machine: namespaces, real sshd and pdsh; wants root: 20 minutes
 	@tests/multinode/install.sh
 	@$(BIN)/python -m pytest -m 'multinode and not matrix'
+
+test-services: install ## MLflow on PostgreSQL and its outage, reports and MLflow's pages in a browser; wants root once: 5 minutes
+	@tests/services/install.sh
+	@$(BIN)/python -m pytest -m services
 
 test-matrix: install ## the same losses on every layout of ranks, ZeRO stages, teachers and hosts; wants root: 15 minutes
 	@tests/multinode/install.sh
