@@ -3,6 +3,8 @@ PYTHON ?= python3
 # Where pip may look for torch as well, such as an index of CPU builds; empty: where pip looks anyway.
 TORCH_INDEX ?=
 RECIPE ?= launch/recipes/smollm2-135m/demo.yaml
+# Tests at a time, each with one thread.
+TEST_PROCESSES ?= 2
 
 PIP_VERSION := 26.3
 VENV := .venv
@@ -28,7 +30,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "variables: PYTHON=$(PYTHON) TORCH_INDEX=$(TORCH_INDEX) RECIPE=$(RECIPE)"
+	@echo "variables: PYTHON=$(PYTHON) TORCH_INDEX=$(TORCH_INDEX) RECIPE=$(RECIPE) TEST_PROCESSES=$(TEST_PROCESSES)"
 
 install: $(STAMP) ## make .venv with the pinned dependencies
 
@@ -90,7 +92,8 @@ format: install ## let ruff put the code in order
 	@$(BIN)/ruff format .
 
 test: install assets lint ## lint, types and all tests, the real model included
-	@$(BIN)/python -m pytest
+	@# One thread each, or they would wait for one another. The real model's tests go first: they take longest.
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-vllm: install install-vllm assets ## the server pool and the logits processor on a real vLLM: 10 minutes
 	@$(BIN)/python -m pytest -m vllm

@@ -113,6 +113,12 @@ def make_config(kind: str, vocabulary: int) -> Any:
     raise AssertionError(kind)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take longest first, so that no process is left with one of them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def make_model(folder: Path, kind: str = "llama", *, seed: int = 0, **tokenizer: Any) -> Path:
     """A saved model folder; returns it."""
     from transformers import AutoModelForCausalLM
