@@ -11,6 +11,7 @@ from launch.execution import Plan
 from launch.pipeline import is_finished, link, missing_inputs, run_stage_process
 from launch.recipe import Recipe
 from launch.resolve import Builder, Stage, artifact_of
+from launch.tracking import register
 from recovery.errors import EXIT_DONE, UserError
 from recovery.files import HashMemory
 from recovery.placement import skeleton
@@ -64,4 +65,6 @@ def deliver(recipe: Recipe, cluster: Cluster, runs_dir: Path, *, merged: bool) -
     print(f"adapter  {folder}\ncard     {folder / 'README.md'}")
     if merged:
         print(f"merged   {folder / 'merged'}")
+    if (address := register(recipe, runs_dir, folder)) is not None:
+        print(f"MLflow   {address}")
     return EXIT_DONE

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.table import verdict
 from launch.recipe import Recipe
 from launch.resolve import Stage
-from recovery.artifacts import folder_of
+from recovery.adapters import CONFIG, WEIGHTS
+from recovery.artifacts import content_digest, folder_of, read_manifest
 from recovery.config import Tracking
 from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, Unavailable
 from recovery.files import read_json, write_json
@@ -118,6 +120,43 @@ def tracked(recipe: Recipe, runs_dir: Path, parent: str | None = None) -> Iterat
                 mlflow_client(attempt.tracking.uri).set_terminated(attempt.tracking.run_id, status)
             except Exception as error:  # noqa: BLE001 - as above
                 _say_silent(error)
+
+
+def register(recipe: Recipe, runs_dir: Path, delivery: Path) -> str | None:
+    """A version of the registered model that is named as the recipe: the delivered adapter with its scores and where
+    it came from. Returns its address (`models:/name/version`), the same for the same content; None, with a warning,
+    when the store does not answer. A merged model stays where it is: registered is what is small.
+    """
+    with tracked(recipe, runs_dir) as run:
+        run.code = EXIT_DONE
+        if run.tracking is None:
+            return None
+        try:
+            return _register(mlflow_client(run.tracking.uri), run.tracking.run_id, recipe.name, delivery)
+        except Exception as error:  # noqa: BLE001 - as for a recipe's run
+            _say_silent(error)
+            return None
+
+
+def _register(client: Any, run: str, name: str, delivery: Path) -> str:
+    from mlflow.exceptions import MlflowException
+
+    manifest, summary = read_manifest(delivery), read_json(delivery / "summary.json")
+    inputs = {f"recover-lora.{given}": str(about["digest"]) for given, about in manifest["inputs"].items()}
+    tags = {"recover-lora.content": content_digest({n: manifest["files"][n] for n in (WEIGHTS, CONFIG)}), **inputs}
+    for figure in ("kl", "ar_percent_measurable", "tokens", "trainable_parameters"):
+        tags[f"recover-lora.{figure}"] = json.dumps(summary[figure])
+    with contextlib.suppress(MlflowException):  # it is there already
+        client.create_registered_model(name)
+    for version in client.search_model_versions(f"name = '{name}'"):
+        if version.tags.get("recover-lora.content") == tags["recover-lora.content"]:
+            return f"models:/{name}/{version.version}"
+    for path in sorted(delivery.glob("*.*")):
+        if path.is_file():
+            client.log_artifact(run, str(path), "delivery")
+    source = f"{client.get_run(run).info.artifact_uri}/delivery"
+    version = client.create_model_version(name, source, run_id=run, tags=tags, description=verdict(summary))
+    return f"models:/{name}/{version.version}"
 
 
 @dataclass(frozen=True)

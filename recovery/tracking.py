@@ -50,7 +50,7 @@ def mlflow_client(uri: str | None) -> Any:
     logging.getLogger("alembic").setLevel(logging.ERROR)
     from mlflow.tracking import MlflowClient
 
-    return MlflowClient(tracking_uri=uri)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def first_line(error: Exception) -> str:

@@ -20,6 +20,7 @@ from launch.deliver import deliver_stage
 from launch.execution import Plan
 from launch.recipe import Recipe
 from launch.resolve import Stage
+from launch.tracking import register, store_uri
 from recovery.adapters import CONFIG, WEIGHTS
 from recovery.errors import Unavailable, UserError
 from recovery.files import HashMemory, read_json
@@ -150,3 +151,28 @@ def test_weights_are_the_same_whichever_forms_are_asked_for(recipe: Recipe, runs
     one, other = (load_file(deliver(recipe, runs, merged=merged) / WEIGHTS) for merged in (False, True))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_is_delivered_is_a_registered_model(recipe: Recipe, runs: Path, monkeypatch: pytest.MonkeyPatch):
+    from mlflow.artifacts import download_artifacts
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = deliver(recipe, runs, merged=False)
+    address = register(recipe, runs, folder)
+    assert address == f"models:/{recipe.name}/1"
+    assert register(recipe, runs, folder) == address
+    uri = store_uri(runs)
+    (version,) = MlflowClient(uri, uri).search_model_versions(f"name = '{recipe.name}'")
+    assert json.loads(version.tags["recover-lora.kl"]) == read_json(folder / "summary.json")["kl"]
+    assert {f"recover-lora.{name}" for name in ("reference", "degraded", "corpus", "adapter")} <= set(version.tags)
+    assert MlflowClient(uri).get_run(str(version.run_id)).info.status == "FINISHED"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # as those who download it have it
+    loaded = Path(download_artifacts(address))
+    assert (loaded / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+
+
+def test_a_delivery_needs_no_tracking_server(recipe: Recipe, runs: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    assert register(recipe, runs, deliver(recipe, runs, merged=False)) is None
