@@ -3,7 +3,8 @@
     recover-lora study launch/studies/smollm2-135m-matrix.yaml
 
 A point is a recipe like any other, in a run's folder of its own, `<runs-dir>/<study>.<value>.<value>`. A point that
-fails is told of at the end, and the rest goes on. The same command goes on after any kill.
+fails is tried once more after the others, unless the mistake is the user's, and told of at the end. The same command
+goes on after any kill.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from launch.distributed import start_of
 from launch.execution import Plan
 from launch.pipeline import job_file_of
 from launch.recipe import Recipe, check_config, load_config, read_yaml, set_field
-from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, Unavailable, UserError, UserErrors
+from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, Unavailable, UserError, UserErrors
 from recovery.files import HashMemory, read_json, write_json
 from recovery.settings import Config
 
@@ -188,7 +189,7 @@ def run_study(
     minutes: begin no further point after so many. forecast: also forecast what the closed forms recover.
     """
     from launch.study_report import make_forecasts, write_report
-    from launch.tracking import start_study
+    from launch.tracking import end_study, start_study
     from recovery.stage import set_up_logging
 
     folder = runs_dir / study.name
@@ -197,28 +198,36 @@ def run_study(
     plans = plans_of(points, cluster, runs_dir)
     parent = start_study(study.name, points[0].recipe.tracking.experiment, runs_dir)
     failures, begun = _failures(folder), time.monotonic()
-    for number, point in enumerate(wanted, 1):
+    queue, again = list(wanted), set[str]()
+    for number, point in enumerate(queue, 1):  # which grows by what is tried again
         if minutes is not None and time.monotonic() - begun > 60 * minutes:
             log.info("%.0f minutes are over: the same command goes on", minutes)
             break
-        log.info("point %d of %d: %s", number, len(wanted), point.name)
+        log.info("point %d of %d: %s%s", number, len(queue), point.name, ", again" if point.name in again else "")
         plan = plans[point.name]
         before = {path: path.stat().st_size for path in _logs(plan) if path.exists()}
         code = _run_point(plan, memory, parent)
         set_up_logging("study", folder / "study.log")  # which the point had for itself
         if code == EXIT_INTERRUPTED:
+            end_study(parent, runs_dir, folder, code)
             return code
         failures.pop(point.name, None)
         if code != EXIT_DONE:
             failures[point.name] = _why(plan, before, code)
+        if code not in (EXIT_DONE, EXIT_USER) and point.name not in again:
+            # Once: a server or a host may have been away. The user's mistakes stay what they are.
+            again.add(point.name)
+            queue.append(point)
         write_json(folder / FAILURES, failures)
         write_report(study, points, plans, failures, folder)
     if forecast:
         make_forecasts([plans[point.name] for point in wanted], folder)
     write_report(study, points, plans, failures, folder)
+    code = EXIT_FAILED if set(failures) & {point.name for point in wanted} else EXIT_DONE
+    end_study(parent, runs_dir, folder, code)
     print(status_table(states({point.name: plans[point.name] for point in wanted}, folder)))
     print(f"\nresults  {folder / 'results.html'}   (and results.md)")
-    return EXIT_FAILED if set(failures) & {point.name for point in wanted} else EXIT_DONE
+    return code
 
 
 def point_commands(plans: Mapping[str, Plan]) -> str:
@@ -241,7 +250,7 @@ def _run_point(plan: Plan, memory: HashMemory, parent: str | None) -> int:
         with _note(plan).open("a") as file:
             file.write(f"error: {error}\n")
         log.error("%s", error)
-        return EXIT_FAILED
+        return EXIT_USER if isinstance(error, UserError) else EXIT_FAILED
 
 
 def _note(plan: Plan) -> Path:

@@ -10,9 +10,10 @@ from typing import Annotated
 
 import typer
 
-from launch.cluster import load_cluster
+from launch.cluster import Cluster, load_cluster
 from launch.execution import Plan
 from launch.recipe import load_recipe, read_yaml
+from recovery.errors import EXIT_DONE, EXIT_FAILED
 from recovery.files import HashMemory
 
 track_app = typer.Typer(
@@ -24,11 +25,12 @@ track_app = typer.Typer(
 
 
 @track_app.command(
+    name="sync",
     help="Send what MLflow has not got: of a run, or of every point of a study. Nothing is sent twice.\n\n"
     "Metrics stand in the artifacts' metrics.jsonl, so a run goes on while the tracking server is away.\n\n"
-    "Example: MLFLOW_TRACKING_URI=http://127.0.0.1:5000 recover-lora track sync my-recipe.yaml"
+    "Example: MLFLOW_TRACKING_URI=http://127.0.0.1:5000 recover-lora track sync my-recipe.yaml",
 )
-def sync(
+def sync_command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The recipe, or the study, that was run.")],
     overrides: Annotated[
         list[str],
@@ -39,18 +41,29 @@ def sync(
         "runs"
     ),
 ) -> None:
-    on, memory, parent = load_cluster(cluster), HashMemory(runs_dir / ".hashes.json"), None
+    on = load_cluster(cluster)
     if "axes" in read_yaml(file):
-        from launch.study import load_study, plans_of
-        from launch.tracking import start_study
-
-        study, points = load_study(file)
-        plans = [plan for plan in plans_of(points, on, runs_dir).values() if plan.run_folder.exists()]
-        parent = start_study(study.name, points[0].recipe.tracking.experiment, runs_dir)
+        _sync_study(file, on, runs_dir)
     else:
-        plans = [Plan.of(load_recipe(file, overrides), on, runs_dir, memory)]
-    from launch.tracking import sync as send
+        _send(Plan.of(load_recipe(file, overrides), on, runs_dir, HashMemory(runs_dir / ".hashes.json")), None)
 
+
+def _sync_study(file: Path, cluster: Cluster, runs_dir: Path) -> None:
+    from launch.study import load_study, plans_of
+    from launch.tracking import end_study, start_study
+
+    study, points = load_study(file)
+    parent = start_study(study.name, points[0].recipe.tracking.experiment, runs_dir)
+    plans = plans_of(points, cluster, runs_dir).values()
     for plan in plans:
-        sent = send(plan.recipe, plan.stages, runs_dir, parent)
-        print(f"{plan.recipe.name}: {sent.metrics:,} metrics and {sent.files} files sent")
+        if plan.run_folder.exists():
+            _send(plan, parent)
+    whole = all(plan.stages[-1].job.runtime.output.exists() for plan in plans)
+    end_study(parent, runs_dir, runs_dir / study.name, EXIT_DONE if whole else EXIT_FAILED)
+
+
+def _send(plan: Plan, parent: str | None) -> None:
+    from launch.tracking import sync
+
+    sent = sync(plan.recipe, plan.stages, plan.runs_dir, parent)
+    print(f"{plan.recipe.name}: {sent.metrics:,} metrics and {sent.files} files sent")

@@ -72,7 +72,8 @@ def start_study(name: str, experiment: str, runs_dir: Path) -> str | None:
         known = read_json(note) if note.exists() else {}
         if known.get("store") == store:
             with contextlib.suppress(MlflowException):
-                return str(client.get_run(known["run_id"]).info.run_id)
+                client.update_run(known["run_id"], status="RUNNING")
+                return str(known["run_id"])
         run = client.create_run(_experiment(client, experiment, own), run_name=name, tags={"recover-lora.study": name})
     except Exception as error:  # noqa: BLE001 - as for a recipe's run
         _say_silent(error)
@@ -80,6 +81,23 @@ def start_study(name: str, experiment: str, runs_dir: Path) -> str | None:
     note.parent.mkdir(parents=True, exist_ok=True)
     write_json(note, {"store": store, "run_id": run.info.run_id})
     return str(run.info.run_id)
+
+
+def end_study(parent: str | None, runs_dir: Path, folder: Path, code: int) -> None:
+    """Tell MLflow how a study ended, with its results so far. folder: the study's."""
+    if parent is None:
+        return
+    try:
+        client = mlflow_client(store_uri(runs_dir))
+        for path in folder.glob("results.*"):
+            client.log_artifact(parent, str(path))
+        client.set_terminated(parent, _status(code))
+    except Exception as error:  # noqa: BLE001 - as for a recipe's run
+        _say_silent(error)
+
+
+def _status(code: int) -> str:
+    return {EXIT_DONE: "FINISHED", EXIT_INTERRUPTED: "KILLED"}.get(code, "FAILED")
 
 
 def _experiment(client: Any, name: str, runs_dir: Path | None) -> str:
@@ -115,9 +133,8 @@ def tracked(recipe: Recipe, runs_dir: Path, parent: str | None = None) -> Iterat
         raise
     finally:
         if attempt.tracking is not None:
-            status = {EXIT_DONE: "FINISHED", EXIT_INTERRUPTED: "KILLED"}.get(attempt.code, "FAILED")
             try:
-                mlflow_client(attempt.tracking.uri).set_terminated(attempt.tracking.run_id, status)
+                mlflow_client(attempt.tracking.uri).set_terminated(attempt.tracking.run_id, _status(attempt.code))
             except Exception as error:  # noqa: BLE001 - as above
                 _say_silent(error)
 

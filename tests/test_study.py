@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
+import launch.study
+from launch.execution import Plan
 from launch.study import Study, chosen, load_study
-from recovery.errors import UserError
+from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
 from tests.conftest import REPOSITORY
 from tests.pipeline import make_benchmarks, tiny_recipe
 from tests.test_cli import invoke
@@ -96,7 +98,13 @@ def test_a_study_goes_on_past_a_failing_point(
     experiment = store.get_experiment_by_name("recover-lora")
     assert experiment is not None
     known = {run.info.run_name: run for run in store.search_runs([experiment.experiment_id])}
-    parent = known.pop("grid").info.run_id
+    ended = known.pop("grid")
+    parent = ended.info.run_id
+    assert ended.info.status == "FAILED"
+    assert {file.path for file in store.list_artifacts(parent)} == {
+        f"results.{e}" for e in ("html", "md", "json", "png")
+    }
+    assert {run.info.status for run in known.values()} == {"FINISHED"}
     assert set(known) == {"grid.closed.4", "grid.trained.4"}
     assert {run.data.tags["mlflow.parentRunId"] for run in known.values()} == {parent}
 
@@ -105,3 +113,20 @@ def test_a_study_goes_on_past_a_failing_point(
     assert {folder: folder.stat().st_mtime_ns for folder in (runs / "artifacts").glob("[a-z]*")} == stamps
     assert invoke(monkeypatch, *command, "--status") == 0
     assert "closed.4   done" in capfd.readouterr().out
+
+
+def test_what_failed_is_tried_once_more_after_the_others(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    """Codes of a stand-in for the points' runs: what is asked is the order of the attempts."""
+    codes = {"1": [EXIT_FAILED, EXIT_DONE], "2": [EXIT_USER], "4": [EXIT_FAILED, EXIT_FAILED], "8": [EXIT_DONE]}
+    tried: list[str] = []
+
+    def run_point(plan: Plan, *_: object) -> int:
+        tried.append(str(plan.recipe.adapter.rank))
+        return codes[tried[-1]].pop(0)
+
+    monkeypatch.setattr(launch.study, "_run_point", run_point)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    path = write_study(tmp_path, tiny, {"adapter.rank": [1, 2, 4, 8]})
+    assert invoke(monkeypatch, "study", str(path), "--runs-dir", str(tmp_path / "runs")) == EXIT_FAILED
+    assert tried == ["1", "2", "4", "8", "1", "4"]
+    assert set(json.loads((tmp_path / "runs" / "grid" / "failures.json").read_text())) == {"2", "4"}
