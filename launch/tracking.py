@@ -15,7 +15,6 @@ from typing import Any
 from eval.table import verdict
 from launch.recipe import Recipe
 from launch.resolve import Stage
-from recovery.adapters import CONFIG, WEIGHTS
 from recovery.artifacts import content_digest, folder_of, read_manifest
 from recovery.config import Tracking
 from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, Unavailable
@@ -157,6 +156,8 @@ def register(recipe: Recipe, runs_dir: Path, delivery: Path) -> str | None:
 
 def _register(client: Any, run: str, name: str, delivery: Path) -> str:
     from mlflow.exceptions import MlflowException
+
+    from recovery.adapters import CONFIG, WEIGHTS  # with torch, which other commands need not wait for
 
     manifest, summary = read_manifest(delivery), read_json(delivery / "summary.json")
     inputs = {f"recover-lora.{given}": str(about["digest"]) for given, about in manifest["inputs"].items()}
