@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datagen.config import BosMode, Generate, GenerateJob
-from datagen.pieces import Pieces, blocks_of, drop_damaged, is_shard_of, locate, seal, shard_samples
+from datagen.known import known_corpora
+from datagen.pieces import Pieces, blocks_of, drop_damaged, is_shard_of, locate, seal, seal_known, shard_samples
 from datagen.sampling import SamplingPlan, bos_id, eligible_ids, stop_ids
-from datagen.served import ServedEngine, Vocabulary
+from datagen.served import ServedEngine, Vocabulary, agreeing
 from recovery.artifacts import Workspace
 from recovery.config import ModelInput
 from recovery.corpus import SUMMARY, TOKENIZER, Sample, Split, Tokens, shards_of, tokens_of, write_shard
@@ -63,10 +64,10 @@ def wanted_of(job: GenerateJob) -> dict[Split, range]:
 
 
 def fill_embedded(
-    workspace: Workspace, split: Split, wanted: range, engine: EmbeddedEngine, plan: SamplingPlan
+    workspace: Workspace, split: Split, wanted: range, engine: EmbeddedEngine, plan: SamplingPlan, known: list[Path]
 ) -> None:
-    """Write the missing shards of one split. The last range is decoded whole too and cut afterwards, so that a smaller
-    corpus is a prefix of a larger one, bit for bit."""
+    """Write the missing shards of one split, those that other corpora hold from there. The last range is decoded whole
+    too and cut afterwards, so that a smaller corpus is a prefix of a larger one, bit for bit."""
     settings = cast(GenerateJob, workspace.job).generate
     todo = []
     for number, block in enumerate(blocks_of(wanted, settings.batch_samples)):
@@ -75,6 +76,10 @@ def fill_embedded(
             if shard.exists():
                 log.warning("%s is damaged and is made again", shard.name)
             todo.append((shard, block))
+    taken = seal_known([shard for folder in known for shard in shards_of(folder, split)], todo)
+    if taken:
+        log.info("%s: %d samples taken from %s", split, taken, ", ".join(folder.name for folder in known))
+        todo = [(shard, block) for shard, block in todo if not shard.exists()]
     done = len(wanted) - sum(len(block) for _, block in todo)
     if done and todo:
         log.info("%s: %d of %d samples are there already", split, done, len(wanted))
@@ -105,21 +110,24 @@ def generate_embedded(job: GenerateJob, workspace: Workspace, vocabulary: Vocabu
 
     model = load_model(job.model, job.dtype)
     engine = EmbeddedEngine(model, job.generate, vocabulary.width, vocabulary.bos, vocabulary.stops)
+    known = known_corpora(job)
     for split, wanted in wanted_of(job).items():
-        fill_embedded(workspace, split, wanted, engine, SamplingPlan(job.seed, split, vocabulary.eligible))
+        fill_embedded(workspace, split, wanted, engine, SamplingPlan(job.seed, split, vocabulary.eligible), known)
     return {}
 
 
 def generate_served(job: GenerateJob, workspace: Workspace, vocabulary: Vocabulary, tracker: Tracker) -> dict[str, Any]:
     """Ask the servers for every index that no shard and no piece holds, then seal the shards."""
-    engine = ServedEngine(job, workspace.path, vocabulary)
     folder = workspace.path
+    known = agreeing(known_corpora(job), folder, job.runtime.servers)
+    engine = ServedEngine(job, folder, vocabulary)
     wanted = wanted_of(job)
     pieces: dict[Split, Pieces] = {split: Pieces(folder / PIECES / split) for split in wanted}
     for split in wanted:
         drop_damaged([*shards_of(folder, split), *pieces[split].paths()], log.warning)
+    elsewhere = {split: [shard for corpus in known for shard in shards_of(corpus, split)] for split in wanted}
     missing: dict[Split, NDArray[np.int64]] = {
-        split: locate([*shards_of(folder, split), *pieces[split].paths()]).missing(indices)
+        split: locate([*shards_of(folder, split), *pieces[split].paths(), *elsewhere[split]]).missing(indices)
         for split, indices in wanted.items()
     }
     total = sum(len(indices) for indices in wanted.values())
@@ -132,7 +140,7 @@ def generate_served(job: GenerateJob, workspace: Workspace, vocabulary: Vocabula
     bar = progress(total, "sample", "sort")
     for split, indices in wanted.items():
         signal = folder / "signal" / split if capture else None
-        sources = [*shards_of(folder, split), *pieces[split].paths()]
+        sources = [*shards_of(folder, split), *pieces[split].paths(), *elsewhere[split]]
         seal(sources, indices, folder / split, signal, shard_samples(job.generate), bar.update)
     bar.close()
     shutil.rmtree(folder / PIECES, ignore_errors=True)

@@ -10,7 +10,7 @@ import gc
 import logging
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from yarl import URL
 
 from datagen.client import HEALTH_TIMEOUT_S, Pool
 from datagen.collector import Collector
-from datagen.config import GenerateJob, Mode
+from datagen.config import GenerateJob, Mode, ServerAccess
 from datagen.examination import TEXT, Expected, Findings, examine, refusal_of
 from datagen.fingerprint import Probe, from_json, prompts_of, reference_fingerprint, to_json
 from datagen.pieces import Pieces
@@ -32,6 +32,7 @@ from datagen.protocol import BadReply, Phantom, Reply, Sampling, parse_reply
 from datagen.sampling import SamplingPlan
 from datagen.server import Busy, Server, Unfit, Work
 from datagen.throughput import Throughput
+from recovery.artifacts import read_manifest
 from recovery.corpus import Sample, Split
 from recovery.errors import UserError
 from recovery.files import read_json, write_json
@@ -55,6 +56,25 @@ class Vocabulary:
     stops: frozenset[int]
     width: int
     eligible: Any
+
+
+def agreeing(known: Sequence[Path], folder: Path, access: ServerAccess | None) -> list[Path]:
+    """Those of some finished corpora whose servers were asked in the same mode and held the same model as this
+    corpus' servers do, in `folder`; the first decides where nothing has been asked yet."""
+    path = folder / AGREEMENT
+    own = read_json(path) if path.exists() else None
+    kept: list[Path] = []
+    for corpus in known:
+        details = read_manifest(corpus)["details"]
+        theirs = {name: details.get(name) for name in ("mode", "fingerprint", "fingerprint_of")}
+        if access is None or theirs["mode"] is None or theirs["fingerprint_of"] != access.fingerprint:
+            continue
+        if own is None:
+            own = theirs
+            write_json(path, own)
+        if theirs == own:
+            kept.append(corpus)
+    return kept
 
 
 class ServedEngine:

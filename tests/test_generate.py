@@ -75,7 +75,7 @@ def test_draws_stay_inside_the_vocabulary():
 
 def test_a_smaller_corpus_is_a_prefix_and_a_restart_changes_nothing(tiny: Path, tmp_path: Path):
     whole = generate(tiny, tmp_path / "a")
-    assert generate(tiny, tmp_path / "a", samples=13) == whole[:13]
+    assert generate(tiny, tmp_path / "smaller", samples=13) == whole[:13]
 
     # As a kill leaves it: one shard done, one torn, the last not begun.
     folder = next(
@@ -89,6 +89,45 @@ def test_a_smaller_corpus_is_a_prefix_and_a_restart_changes_nothing(tiny: Path, 
     assert generate(tiny, tmp_path / "b") == whole
     for path in folder.rglob("*.parquet"):
         assert (tmp_path / "b" / "artifacts" / folder.name / path.relative_to(folder)).read_bytes() == path.read_bytes()
+
+
+def corpus_of(runs: Path, shards: int) -> dict[str, bytes]:
+    """The bytes of the one corpus there that has so many training shards."""
+    [folder] = [
+        path for path in (runs / "artifacts").glob("generate-*") if len(list(path.glob("train/*.parquet"))) == shards
+    ]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.parquet")}
+
+
+def test_what_another_corpus_holds_is_taken_from_there(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    decoded: list[int] = []
+    decode = EmbeddedEngine.decode
+
+    def counted(engine: EmbeddedEngine, starts: Any, *rest: Any) -> Any:
+        decoded.append(len(starts))
+        return decode(engine, starts, *rest)
+
+    monkeypatch.setattr(EmbeddedEngine, "decode", counted)
+    generate(tiny, tmp_path / "alone")
+    generate(tiny, tmp_path / "smaller", samples=13)
+    alone, smaller = corpus_of(tmp_path / "alone", 3), corpus_of(tmp_path / "smaller", 2)
+    decoded.clear()
+    generate(tiny, tmp_path / "alone", samples=13)
+    assert not decoded
+    assert corpus_of(tmp_path / "alone", 2) == smaller
+    generate(tiny, tmp_path / "smaller")
+    assert decoded == [8, 8]  # of train 8 to 15, of which five were known, and 16 to 19
+    assert corpus_of(tmp_path / "smaller", 3) == alone
+    decoded.clear()
+    generate(tiny, tmp_path / "smaller", samples=13, temperature=0.5)
+    assert decoded == [8, 8, 8]
+    # A damaged one is not taken from.
+    runs = tmp_path / "alone"
+    for shard in runs.glob("artifacts/generate-*/train/shard-00000.parquet"):
+        shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    decoded.clear()
+    generate(tiny, runs, samples=9)
+    assert decoded == [8, 8, 8]
 
 
 def test_samples_do_not_depend_on_when_others_end(tiny: Path):

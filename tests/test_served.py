@@ -144,6 +144,21 @@ def test_interrupted_it_keeps_what_it_has(model: Path, tmp_path: Path):
     assert len(list(pieces.glob("piece-*"))) >= 2  # the last second's too
 
 
+def test_a_corpus_grows_from_a_finished_one(model: Path, tmp_path: Path):
+    with fake_servers(2, *FAKE) as (urls, _):
+        alone = run(make_job(model, tmp_path / "alone" / "generate-all", urls))
+        run(make_job(model, tmp_path / "generate-small", urls, samples=120))
+        grown = run(make_job(model, tmp_path / "generate-large", urls))
+    assert bytes_of(grown) == bytes_of(alone)
+    servers = read_manifest(grown)["details"]["throughput"]["servers"].values()
+    assert sum(server["samples"] for server in servers) == 180
+    # Nobody is asked for what is there.
+    middle = run(make_job(model, tmp_path / "generate-middle", ["http://127.0.0.1:9"], samples=200))
+    assert rows_of(middle) == rows_of(alone)[:200]
+    for name in ("mode", "fingerprint"):
+        assert read_manifest(middle)["details"][name] == read_manifest(alone)["details"][name]
+
+
 def test_parts_of_several_clients_make_the_same_corpus(model: Path, tmp_path: Path):
     with fake_servers(2, *FAKE, "--latency", "0.01") as (urls, _):
         whole = run(make_job(model, tmp_path / "whole", urls))
