@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from eval.config import ReportJob
 from eval.table import MODELS
 from recovery.artifacts import read_manifest
 from recovery.corpus import SUMMARY
-from recovery.files import read_json
+from recovery.files import HELD_OUT, HISTORY, read_json, read_lines
 
 
 @dataclass(frozen=True)
@@ -59,14 +58,10 @@ def gather(job: ReportJob) -> Evidence:
         {model: read_json(path / "scores.json") for model, path in scores.items()},
         {model: read_json(scores[model] / "divergence.json") for model in MODELS[1:]},
         outcomes,
-        read_lines(job.adapter.path / "history.jsonl"),
-        read_lines(job.adapter.path / "held_out.jsonl"),
+        read_lines(job.adapter.path / HISTORY),
+        read_lines(job.adapter.path / HELD_OUT),
         count_tokens(job.corpus.path),
     )
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def count_tokens(corpus: Path) -> int:
@@ -113,7 +108,7 @@ def _closed_form(job: ReportJob, summary: Mapping[str, Any]) -> dict[str, Any] |
     """The result before training, on held-out text; null without a closed form."""
     if job.repair is None:
         return None
-    line = read_lines(job.repair.path / "held_out.jsonl")[-1]
+    line = read_lines(job.repair.path / HELD_OUT)[-1]
     degraded = (summary["kl"] or {}).get("degraded")
     return {"kl": line["kl"], "top1": line["top1"], "recovery": 1 - line["kl"] / degraded if degraded else None}
 

@@ -378,7 +378,8 @@ def models_of(recipe: Recipe) -> list[str]:
     help="Run a grid of recipes; what points share is made once, and one that fails does not stop the others.\n\n"
     "Examples:\n\n"
     "recover-lora study launch/studies/smollm2-135m-matrix.yaml --only damage=kv-noise-0_5\n\n"
-    "recover-lora study launch/studies/smollm2-135m-matrix.yaml --status"
+    "recover-lora study my-study.yaml --cluster my-hosts.yaml --parallel 4\n\n"
+    "recover-lora study launch/studies/smollm2-135m-matrix.yaml --status --watch"
 )
 def study(
     file: Annotated[Path, typer.Argument(metavar="STUDY", help="Study file, e.g. one of launch/studies/.")],
@@ -390,22 +391,28 @@ def study(
     minutes: Annotated[
         float | None, typer.Option("--minutes", metavar="N", help="Begin no further point after N minutes.")
     ] = None,
+    parallel: Annotated[
+        int,
+        typer.Option("--parallel", min=1, metavar="N", help="Points at a time, each on its share of hosts or devices."),
+    ] = 1,
     status: Annotated[bool, typer.Option("--status", help="Say how far every point is; start nothing.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="With --status: again and again, until all are done.")] = False,
     forecast: Annotated[
         bool, typer.Option("--forecast", help="Also forecast, from the damage alone, what the closed forms recover.")
     ] = False,
     dry_run: DryRun = False,
 ) -> None:
-    from launch.study import chosen, load_study, plans_of, point_commands, run_study, states, status_table
+    from launch.study import chosen, load_study, plans_of, point_commands, show_status
+    from launch.study_run import run_study
 
     given, points = load_study(file)
     wanted, on = chosen(given, points, only), load_cluster(cluster)
-    if status:
-        print(status_table(states(plans_of(wanted, on, runs_dir), runs_dir / given.name)))
+    if status or watch:
+        show_status(plans_of(wanted, on, runs_dir), runs_dir / given.name, watch=watch)
     elif dry_run:
         print(point_commands(plans_of(wanted, on, runs_dir)))
     else:
-        raise typer.Exit(run_study(given, points, wanted, on, runs_dir, minutes, forecast=forecast))
+        raise typer.Exit(run_study(given, points, wanted, on, runs_dir, minutes, parallel=parallel, forecast=forecast))
 
 
 for _name, _only, _help in (

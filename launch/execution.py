@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from datagen.config import GenerateJob, Partition
@@ -17,6 +19,7 @@ from launch.pipeline import is_finished, link, missing_inputs, run_stage_process
 from launch.recipe import Recipe
 from launch.resolve import Names, Stage, build_stages, check_models, partition_stage, resolve_names
 from launch.servers import ServerPool
+from recovery.artifacts import PATIENT_VARIABLE, wait_for_builder
 from recovery.config import Job
 from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, Unavailable, UserError
 from recovery.files import HashMemory
@@ -88,6 +91,8 @@ class Plan:
     def _run_stages(self, stages: list[Stage], memory: HashMemory, max_restarts: int) -> int:
         cluster = self.cluster
         for stage in stages:
+            if PATIENT_VARIABLE in os.environ:
+                wait_for_builder(stage.job.runtime.output, partial(log.info, "%s is being made elsewhere", stage.label))
             # Looked at again: a stage before it may just have been made anew, from which this one was not made.
             if not is_finished(stage, memory):
                 with servers_for(stage.job, cluster, self.run_folder / "logs"):

@@ -2,16 +2,14 @@
 
     recover-lora study launch/studies/smollm2-135m-matrix.yaml
 
-A point is a recipe like any other, in a run's folder of its own, `<runs-dir>/<study>.<value>.<value>`. A point that
-fails is tried once more after the others, unless the mistake is the user's, and told of at the end. The same command
-goes on after any kill.
+A point is a recipe like any other, in a run's folder of its own, `<runs-dir>/<study>.<value>.<value>`. Here is what a
+study is and how far it has come; study_run.py runs it.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-import logging
 import re
 import shlex
 import time
@@ -20,20 +18,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from launch.cluster import Cluster
 from launch.distributed import start_of
 from launch.execution import Plan
 from launch.pipeline import job_file_of
 from launch.recipe import Recipe, check_config, load_config, read_yaml, set_field
-from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, Unavailable, UserError, UserErrors
-from recovery.files import HashMemory, read_json, write_json
+from recovery.artifacts import folder_of
+from recovery.errors import UserError, UserErrors
+from recovery.files import HELD_OUT, HashMemory, read_json, read_lines
 from recovery.settings import Config
 
-log = logging.getLogger("recover-lora")
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-FAILURES = "failures.json"
+FAILURES, STOPPED = "failures.json", "stopped.json"
+"""In the study's folder: why points failed, and why successive halving stopped them, by name."""
+
+
+class Halving(Config):
+    """Successive halving: points that are behind those they compete with are stopped early."""
+
+    among: tuple[str, ...] = Field(min_length=1)
+    """Axes whose points compete; points of different labels on the other axes (damage, seed) do not."""
+    first_tokens: PositiveInt
+    """Trained tokens at which a point is looked at for the first time."""
+    factor: int = Field(default=3, ge=2)
+    """The share that goes on is 1/factor, each time after factor times the tokens."""
 
 
 class Study(Config):
@@ -46,6 +56,8 @@ class Study(Config):
     axes: dict[str, dict[str, dict[str, Any]] | list[Any]] = Field(min_length=1)
     """What varies, outermost first. A list holds values of the recipe's field of that name (train.learning_rate:
     [1e-3, 1e-4]); otherwise each label has its changes: {few: {generate.samples: 80}, many: {...}}."""
+    halving: Halving | None = None
+    """Stop poor points early; all of them run to their end unless given."""
 
     @field_validator("axes")
     @classmethod
@@ -57,6 +69,12 @@ class Study(Config):
                 if not LABEL.fullmatch(label):
                     raise ValueError(f"{axis}: {label!r} names a folder: letters, digits, - and _")
         return axes
+
+    @model_validator(mode="after")
+    def _halves_axes(self) -> Study:
+        if self.halving is not None and (unknown := set(self.halving.among) - set(self.axes)):
+            raise ValueError(f"halving.among: no axis {', '.join(sorted(unknown))}; there are {', '.join(self.axes)}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -132,6 +150,9 @@ class State:
     done: int
     stages: int
     failure: str | None
+    """Why it ended without a result, in words that begin with `failed` or `stopped`."""
+    at: str | None = None
+    """The stage at work, or where it stopped."""
 
     @property
     def finished(self) -> bool:
@@ -141,8 +162,8 @@ class State:
         if self.finished:
             return "done"
         if self.failure is not None:
-            return f"failed: {self.failure}"
-        return f"{self.done} of {self.stages} stages"
+            return self.failure
+        return f"{self.done} of {self.stages} stages{f'; {self.at}' if self.at else ''}"
 
 
 def plans_of(points: Sequence[Point], cluster: Cluster, runs_dir: Path) -> dict[str, Plan]:
@@ -153,17 +174,24 @@ def plans_of(points: Sequence[Point], cluster: Cluster, runs_dir: Path) -> dict[
 
 def states(plans: Mapping[str, Plan], folder: Path) -> dict[str, State]:
     """Of every point, by name; finished artifacts are counted, not verified. folder: the study's."""
-    failures = _failures(folder)
-    return {
-        name: State(
-            sum(stage.job.runtime.output.exists() for stage in plan.stages), len(plan.stages), failures.get(name)
-        )
-        for name, plan in plans.items()
-    }
+    ended = {name: f"failed: {why}" for name, why in read_notes(folder / FAILURES).items()}
+    ended |= read_notes(folder / STOPPED)
+    return {name: _state(plan, ended.get(name)) for name, plan in plans.items()}
 
 
-def _failures(folder: Path) -> dict[str, str]:
-    path = folder / FAILURES
+def _state(plan: Plan, ended: str | None) -> State:
+    left = [stage for stage in plan.stages if not stage.job.runtime.output.exists()]
+    begun = next((stage for stage in left if folder_of(stage.job).exists()), None)
+    at = None
+    if begun is not None:
+        at = begun.label
+        measured = [line for line in read_lines(folder_of(begun.job) / HELD_OUT) if line["split"] == "held_out"]
+        if measured:
+            at += f" at {measured[-1]['tokens']:,} tokens, held-out KL {measured[-1]['kl']:.3f}"
+    return State(len(plan.stages) - len(left), len(plan.stages), ended, at)
+
+
+def read_notes(path: Path) -> dict[str, str]:
     return read_json(path) if path.exists() else {}
 
 
@@ -174,60 +202,21 @@ def status_table(found: Mapping[str, State]) -> str:
     return "\n".join([*lines, f"{finished} of {len(found)} points are done"])
 
 
-def run_study(
-    study: Study,
-    points: Sequence[Point],
-    wanted: Sequence[Point],
-    cluster: Cluster,
-    runs_dir: Path,
-    minutes: float | None = None,
-    *,
-    forecast: bool = False,
-) -> int:
-    """Run those of the points that are wanted and not finished; returns the exit code. The report is of all points.
+def show_status(plans: Mapping[str, Plan], folder: Path, *, watch: bool) -> None:
+    """Print the table, once or until every point has ended. folder: the study's."""
+    if not watch:
+        print(status_table(states(plans, folder)))
+        return
+    from rich.live import Live
+    from rich.text import Text
 
-    minutes: begin no further point after so many. forecast: also forecast what the closed forms recover.
-    """
-    from launch.study_report import make_forecasts, write_report
-    from launch.tracking import end_study, start_study
-    from recovery.stage import set_up_logging
-
-    folder = runs_dir / study.name
-    set_up_logging("study", folder / "study.log")
-    memory = HashMemory(runs_dir / ".hashes.json")
-    plans = plans_of(points, cluster, runs_dir)
-    parent = start_study(study.name, points[0].recipe.tracking.experiment, runs_dir)
-    failures, begun = _failures(folder), time.monotonic()
-    queue, again = list(wanted), set[str]()
-    for number, point in enumerate(queue, 1):  # which grows by what is tried again
-        if minutes is not None and time.monotonic() - begun > 60 * minutes:
-            log.info("%.0f minutes are over: the same command goes on", minutes)
-            break
-        log.info("point %d of %d: %s%s", number, len(queue), point.name, ", again" if point.name in again else "")
-        plan = plans[point.name]
-        before = {path: path.stat().st_size for path in _logs(plan) if path.exists()}
-        code = _run_point(plan, memory, parent)
-        set_up_logging("study", folder / "study.log")  # which the point had for itself
-        if code == EXIT_INTERRUPTED:
-            end_study(parent, runs_dir, folder, code)
-            return code
-        failures.pop(point.name, None)
-        if code != EXIT_DONE:
-            failures[point.name] = _why(plan, before, code)
-        if code not in (EXIT_DONE, EXIT_USER) and point.name not in again:
-            # Once: a server or a host may have been away. The user's mistakes stay what they are.
-            again.add(point.name)
-            queue.append(point)
-        write_json(folder / FAILURES, failures)
-        write_report(study, points, plans, failures, folder)
-    if forecast:
-        make_forecasts([plans[point.name] for point in wanted], folder)
-    write_report(study, points, plans, failures, folder)
-    code = EXIT_FAILED if set(failures) & {point.name for point in wanted} else EXIT_DONE
-    end_study(parent, runs_dir, folder, code)
-    print(status_table(states({point.name: plans[point.name] for point in wanted}, folder)))
-    print(f"\nresults  {folder / 'results.html'}   (and results.md)")
-    return code
+    with Live(refresh_per_second=1) as live:
+        while True:
+            found = states(plans, folder)
+            live.update(Text(status_table(found)))
+            if all(state.finished or state.failure is not None for state in found.values()):
+                return
+            time.sleep(1)
 
 
 def point_commands(plans: Mapping[str, Plan]) -> str:
@@ -240,32 +229,3 @@ def point_commands(plans: Mapping[str, Plan]) -> str:
             command = shlex.join(start_of(stage, job_file_of(stage, plan.run_folder), plan.cluster).command)
             parts.append(f"{stage.label:<20} {state:<9} {stage.job.artifact_name}  $ {command}")
     return "\n".join(parts)
-
-
-def _run_point(plan: Plan, memory: HashMemory, parent: str | None) -> int:
-    try:
-        return plan.run(memory, parent)
-    except (UserError, Unavailable) as error:  # of this point alone: a module that is not there, servers that died
-        _note(plan).parent.mkdir(parents=True, exist_ok=True)
-        with _note(plan).open("a") as file:
-            file.write(f"error: {error}\n")
-        log.error("%s", error)
-        return EXIT_USER if isinstance(error, UserError) else EXIT_FAILED
-
-
-def _note(plan: Plan) -> Path:
-    return plan.run_folder / "logs" / "point.log"
-
-
-def _logs(plan: Plan) -> list[Path]:
-    return [_note(plan), *(stage.job.runtime.log for stage in plan.stages if stage.job.runtime.log is not None)]
-
-
-def _why(plan: Plan, before: Mapping[Path, int], code: int) -> str:
-    """The last error that was logged by this attempt. before: how long each log was."""
-    for path in reversed([path for path in _logs(plan) if path.exists()]):
-        new = path.read_bytes()[before.get(path, 0) :].decode(errors="replace")
-        lines = [line for line in new.splitlines() if "error: " in line]
-        if lines:
-            return f"{path.stem}: {lines[-1].partition('error: ')[2]}"
-    return f"a stage ended with {code} and said nothing; see {plan.run_folder / 'logs'}"

@@ -11,10 +11,12 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -29,6 +31,8 @@ from recovery.settings import Config
 MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = 1
 LOCK_SECONDS = 5.0
+PATIENT_VARIABLE = "RECOVER_LORA_PATIENT"
+"""Environment variable: an artifact that another process builds is waited for as long as that takes."""
 PACKAGES = (
     "torch",
     "transformers",
@@ -151,7 +155,7 @@ def verify(folder: Path, memory: HashMemory | None = None) -> dict[str, Any]:
 
 def _lock_soon(file: IO[str], artifact: Path) -> None:
     """Lock within seconds: a stage whose launcher was just killed needs a moment to notice and end."""
-    deadline = time.monotonic() + LOCK_SECONDS
+    deadline = time.monotonic() + (float("inf") if PATIENT_VARIABLE in os.environ else LOCK_SECONDS)
     while True:
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -159,6 +163,22 @@ def _lock_soon(file: IO[str], artifact: Path) -> None:
             if time.monotonic() > deadline:
                 raise UserError(str(artifact), "another process is building it", "wait for that one to end") from error
             time.sleep(0.2)
+
+
+def _lock_of(final: Path) -> Path:
+    return final.with_name(f".{final.name}.lock")
+
+
+def wait_for_builder(final: Path, on_wait: Callable[[], object]) -> None:
+    """Return once no process builds this artifact. on_wait: called where there is one to wait for."""
+    if not _lock_of(final).exists():
+        return
+    with _lock_of(final).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def partial_of(final: Path) -> Path:
@@ -191,7 +211,7 @@ class Workspace:
 
     def __enter__(self) -> Workspace:
         self.final.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = self.final.with_name(f".{self.final.name}.lock").open("a")
+        self._lock = _lock_of(self.final).open("a")
         _lock_soon(self._lock, self.final)
         if self.path.exists() and not self.resumable:
             shutil.rmtree(self.path)
@@ -205,7 +225,7 @@ class Workspace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and self.path.exists() and not (self.resumable and any(self.path.iterdir())):
+        if self.path.exists() and not (any(self.path.iterdir()) and (kind is None or self.resumable)):
             shutil.rmtree(self.path)
         if self._lock is not None:
             self._lock.close()  # the empty file stays: removing it could let two others lock different files

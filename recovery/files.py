@@ -11,6 +11,9 @@ from typing import Any
 
 from recovery.errors import UserError
 
+HISTORY, HELD_OUT = "history.jsonl", "held_out.jsonl"
+"""Of an adapter's artifact: one line a step, and one line a measurement."""
+
 
 def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
@@ -53,6 +56,13 @@ def write_atomic(path: Path, data: bytes | memoryview | str, *, private: bool = 
 
 def write_json(path: Path, value: object) -> None:
     write_atomic(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file that another process may be writing: one without its end is left out. [] without it."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def read_json(path: Path) -> Any:

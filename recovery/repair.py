@@ -23,7 +23,7 @@ from recovery.artifacts import Workspace
 from recovery.calibration import calibration_rows
 from recovery.config import Adapter, RepairJob
 from recovery.errors import Unavailable, UserError
-from recovery.files import write_atomic
+from recovery.files import HELD_OUT, write_atomic
 from recovery.measure import Measurement
 from recovery.models import check_training_path, join_ranks, load_model, share_equal
 from recovery.placement import check_adapter, parameter_budget
@@ -31,7 +31,7 @@ from recovery.stage import run_stage
 from recovery.survey import differing, survey
 from recovery.texts import read_texts
 from recovery.walk import Pair, Repair, measured, pairs_of, untouched, walk
-from recovery.watch import HELD_OUT, line_of
+from recovery.watch import line_of
 
 log = logging.getLogger("recover-lora")
 LAYERS = ".layers"

@@ -37,7 +37,7 @@ from recovery.corpus import Tokens, read_split
 from recovery.engine import Engine, Student, engine_config, forward_only, start_distributed
 from recovery.errors import Unavailable, UserError
 from recovery.feed import Prepared, prepared, teachers
-from recovery.files import write_atomic
+from recovery.files import HELD_OUT, HISTORY, write_atomic
 from recovery.learner import compile_layers, make_learner, save_learner
 from recovery.measure import HeldOut, Measurement
 from recovery.models import causal_lm, check_training_path, device, head_of, load_model, share_equal
@@ -50,7 +50,7 @@ from recovery.stopping import Stopping
 from recovery.teacher import OnlineTeacher, TeacherSignal
 from recovery.texts import read_texts
 from recovery.tracking import Tracker
-from recovery.watch import HELD_OUT, Watch, advice, held_out_lines, line_of
+from recovery.watch import Watch, advice, held_out_lines, line_of
 
 log = logging.getLogger("recover-lora")
 CHECKPOINTS = ".checkpoints"
@@ -185,7 +185,7 @@ def resume(run: Run) -> int:
         run.engine.restore(state, done, batch, run.teacher.targets(batch, run.teacher.fetch(rows)))
         log.info("going on after step %d of %d", done, len(run.plan))
     if run.leader:
-        for name in ("history.jsonl", HELD_OUT):
+        for name in (HISTORY, HELD_OUT):
             _keep_until(run.folder / name, done if found is not None else -1)
     return done
 
@@ -338,7 +338,7 @@ def write_checkpoint(run: Run, step: int, watch: Watch, workspace: Workspace | N
 def keep(run: Run, lines: list[dict[str, float]], ends: list[int], seconds: float) -> None:
     """Write the lines into the history, and track them. seconds: what these steps took together."""
     speed = sum(line["loss_tokens"] for line in lines) / seconds
-    with (run.folder / "history.jsonl").open("a") as file:
+    with (run.folder / HISTORY).open("a") as file:
         for line in lines:
             step = int(line["step"])
             # Without times, so that equal runs have equal files; speeds stand in metrics.jsonl.

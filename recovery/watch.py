@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 
+from recovery.files import HELD_OUT, read_lines
 from recovery.measure import Measurement
 from recovery.models import device
-
-HELD_OUT = "held_out.jsonl"
-"""One line a measurement and text, in a run's folder."""
 
 
 def advice(kls: list[float]) -> str | None:
@@ -34,8 +32,7 @@ def line_of(found: Measurement, step: int, tokens: int, split: str = "held_out")
 
 def held_out_lines(folder: Path) -> list[dict[str, Any]]:
     """The measurements of the held-out text itself, in their order."""
-    lines = [json.loads(line) for line in (folder / HELD_OUT).read_text().splitlines()]
-    return [line for line in lines if line["split"] == "held_out"]
+    return [line for line in read_lines(folder / HELD_OUT) if line["split"] == "held_out"]
 
 
 @dataclass

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from recovery.artifacts import Workspace, verify
+from recovery.artifacts import Workspace, verify, wait_for_builder
 from recovery.config import ArtifactInput, DegradeJob, ModelInput, Runtime
 from recovery.damage_config import GaussianNoise
 from recovery.errors import DamagedArtifact, UserError
@@ -89,6 +92,28 @@ def test_two_processes_do_not_build_the_same(tmp_path: Path, monkeypatch: pytest
     job = job_in(tmp_path)
     with Workspace(job, resumable=True), pytest.raises(UserError, match="another process is building it"):
         build(job, never, resumable=True)
+
+
+def test_a_patient_process_waits_and_finds_it_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("recovery.artifacts.LOCK_SECONDS", 0.1)
+    monkeypatch.setenv("RECOVER_LORA_PATIENT", "1")
+    job, begun = job_in(tmp_path), threading.Event()
+    waited: list[int] = []
+
+    def slow(job: DegradeJob, workspace: Workspace) -> dict[str, Any]:
+        begun.set()
+        time.sleep(0.6)
+        return writing("slow")(job, workspace)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(build, job, slow, resumable=False)
+        assert begun.wait(5)
+        second = pool.submit(build, job, never, resumable=False)
+        wait_for_builder(job.runtime.output, lambda: waited.append(1))
+        assert job.runtime.output.exists()
+        assert first.result() == second.result()
+    assert waited == [1]
+    assert not list(tmp_path.glob(".*.partial"))
 
 
 def test_an_artifact_of_an_input_that_has_changed_is_refused(tmp_path: Path):

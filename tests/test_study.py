@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-import launch.study
-from launch.execution import Plan
-from launch.study import Study, chosen, load_study
-from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
+import launch.study_run
+from launch.cluster import Cluster, LocalServers, Slurm
+from launch.halving import Race
+from launch.share import shares_of
+from launch.study import Halving, Study, chosen, load_study
+from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from tests.conftest import REPOSITORY
 from tests.pipeline import make_benchmarks, tiny_recipe
 from tests.test_cli import invoke
@@ -115,18 +121,124 @@ def test_a_study_goes_on_past_a_failing_point(
     assert "closed.4   done" in capfd.readouterr().out
 
 
+STAND_IN = """
+import pathlib, sys, time
+name, folder = pathlib.Path(sys.argv[2]).parent.name, pathlib.Path(sys.argv[1])
+codes = folder / f"{name.rpartition('.')[2]}.codes"
+code, _, rest = codes.read_text().partition(" ")
+codes.write_text(rest)
+with (folder / "tried").open("a") as file:
+    file.write(name.rpartition('.')[2] + " ")
+if code == "wait":
+    (folder / "waiting").touch()
+    time.sleep(60)
+sys.exit(int(code))
+"""
+
+
+def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, codes: dict[str, str]) -> None:
+    """Points of this file's studies end at once with these exit codes, attempt by attempt, in place of their work."""
+    (folder / "point.py").write_text(STAND_IN)
+    for rank, text in codes.items():
+        (folder / f"{rank}.codes").write_text(text)
+    monkeypatch.setattr(launch.study_run, "POINT", (sys.executable, str(folder / "point.py"), str(folder)))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+
+
 def test_what_failed_is_tried_once_more_after_the_others(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch):
-    """Codes of a stand-in for the points' runs: what is asked is the order of the attempts."""
-    codes = {"1": [EXIT_FAILED, EXIT_DONE], "2": [EXIT_USER], "4": [EXIT_FAILED, EXIT_FAILED], "8": [EXIT_DONE]}
-    tried: list[str] = []
-
-    def run_point(plan: Plan, *_: object) -> int:
-        tried.append(str(plan.recipe.adapter.rank))
-        return codes[tried[-1]].pop(0)
-
-    monkeypatch.setattr(launch.study, "_run_point", run_point)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    stand_in(tmp_path, monkeypatch, {"1": "1 0", "2": "2", "4": "1 1", "8": "0"})
     path = write_study(tmp_path, tiny, {"adapter.rank": [1, 2, 4, 8]})
     assert invoke(monkeypatch, "study", str(path), "--runs-dir", str(tmp_path / "runs")) == EXIT_FAILED
-    assert tried == ["1", "2", "4", "8", "1", "4"]
+    assert (tmp_path / "tried").read_text().split() == ["1", "2", "4", "8", "1", "4"]
     assert set(json.loads((tmp_path / "runs" / "grid" / "failures.json").read_text())) == {"2", "4"}
+
+
+def test_points_run_at_the_same_time_and_stop_together(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core")
+    stand_in(tmp_path, monkeypatch, {"1": "wait", "2": "0", "4": "0", "8": "130"})
+    path = write_study(tmp_path, tiny, {"adapter.rank": [1, 2, 4, 8]})
+    command = ("study", str(path), "--runs-dir", str(tmp_path / "runs"), "--parallel", "2")
+    # The second worker takes all the others until one is interrupted; the first, which would wait a minute, ends too.
+    began = time.monotonic()
+    assert invoke(monkeypatch, *command) == EXIT_INTERRUPTED
+    assert time.monotonic() - began < 30
+    assert (tmp_path / "waiting").exists()
+    assert sorted((tmp_path / "tried").read_text().split()) == ["1", "2", "4", "8"]
+    assert not (tmp_path / "runs" / "grid" / "failures.json").read_text().strip("{}\n")
+
+
+def test_two_points_at_a_time_make_the_same_results(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    path, results = write_study(tmp_path, tiny, {"adapter.rank": [2, 4]}), {}
+    for number in ("1", "2"):
+        runs = tmp_path / f"runs-{number}"
+        assert invoke(monkeypatch, "study", str(path), "--runs-dir", str(runs), "--parallel", number) == 0
+        points = json.loads((runs / "grid" / "results.json").read_text())["points"]
+        results[number] = [(point["labels"], point["result"]["kl"]) for point in points]
+        # What they share was made once, though both wanted it at the same time.
+        made = [folder.name.partition("-")[0] for folder in (runs / "artifacts").glob("[a-z]*")]
+        assert sorted(made) == sorted(
+            ["degrade", "generate", "contexts", *["train"] * 2, *["evaluate"] * 4, *["report"] * 2]
+        )
+        assert not list((runs / "artifacts").glob(".*.partial"))
+    assert results["1"] == results["2"]
+
+
+def test_shares_of_a_cluster_do_not_meet():
+    servers = LocalServers(count=1, port=9000)
+    cluster = Cluster(name="c", nodes=("a", "b", "c", "d", "e"), processes=8, servers=servers)
+    shares = shares_of(cluster, 2)
+    assert [share.cluster.hosts for share in shares] == [("a", "b"), ("c", "d", "e")]
+    assert len({share.cluster.master_port for share in shares}) == 2
+    assert [getattr(share.cluster.servers, "port", None) for share in shares] == [9000, 9100]
+    assert shares_of(cluster, 1)[0].cluster is cluster
+    cores = sorted(os.sched_getaffinity(0))
+    parts = shares_of(Cluster(name="c", device="cpu", processes=4), len(cores))
+    assert [core for share in parts for core in share.cores or ()] == cores
+    with pytest.raises(UserError, match="5 hosts"):
+        shares_of(cluster, 6)
+    with pytest.raises(UserError, match="--only"):
+        shares_of(Cluster(name="c", slurm=Slurm(nodes=4)), 2)
+
+
+def held_out(folder: Path, kls: list[float]) -> Path:
+    path = folder / f"{len(list(folder.iterdir()))}.jsonl"
+    lines = [{"split": "held_out", "tokens": 100 * number, "kl": kl} for number, kl in enumerate([9.0, *kls])]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"split": "held')
+    return path
+
+
+def test_points_behind_the_others_are_stopped(tmp_path: Path):
+    race = Race(Halving(among=("x",), first_tokens=200, factor=2))
+    assert race.observe("absent", tmp_path / "none") is None
+    good, poor = held_out(tmp_path, [4.0, 1.0, 0.5, 0.3]), held_out(tmp_path, [3.0, 2.0, 2.0])
+    assert race.observe("good", good) is None
+    assert race.observe("good", good) is None
+    assert race.observe("poor", poor) == "stopped at 200 tokens: its KL of 2.000 is behind the others'"
+    assert race.observe("better", held_out(tmp_path, [4.0, 0.9, 0.4, 0.2])) is None
+    # Ahead at first, behind when it is looked at again after twice the tokens.
+    why = race.observe("slower", held_out(tmp_path, [4.0, 0.8, 0.7, 0.6]))
+    assert why is not None
+    assert why.startswith("stopped at 400 tokens")
+
+
+def test_a_study_halves(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """The poorer of two rates is stopped once it is behind; it stays so, and is told of."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    path = write_study(tmp_path, tiny, {"train.learning_rate": [1e-2, 1e-9]})
+    study = yaml.safe_load(path.read_text())
+    changes = {"train.epochs": 200, "train.evaluate_every": 2, "train.checkpoint_every": 2}
+    halving = {"among": ["train.learning_rate"], "first_tokens": 500, "factor": 2}
+    path.write_text(yaml.safe_dump({**study, "changes": changes, "halving": halving}, sort_keys=False))
+    command = ("study", str(path), "--runs-dir", str(tmp_path / "runs"))
+    assert invoke(monkeypatch, *command) == EXIT_DONE
+    assert re.search(r"1e-09 +stopped at [\d,]+ tokens", capfd.readouterr().out)
+    points = json.loads((tmp_path / "runs" / "grid" / "results.json").read_text())["points"]
+    assert [point["result"] is None for point in points] == [False, True]
+    assert points[1]["note"].startswith("stopped at")
+    assert invoke(monkeypatch, *command) == EXIT_DONE
+    with pytest.raises(ValueError, match="no axis lr"):
+        Study.model_validate({"name": "s", "recipe": "r", "axes": {"x": [1]}, "halving": {**halving, "among": ["lr"]}})

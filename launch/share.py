@@ -1,0 +1,84 @@
+"""A cluster in equal parts, for points of a study that run at the same time. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TypeVar
+
+from launch.cluster import Cluster, LocalServers, uses_gpu
+from recovery.errors import UserError
+
+PORTS = 100
+"""Apart from each other are the ports of two shares."""
+Item = TypeVar("Item")
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one point has for itself."""
+
+    cluster: Cluster
+    environment: dict[str, str]
+    """Of its processes, beside this one's."""
+    cores: tuple[int, ...] | None = None
+    """Of this host; None: all of them."""
+
+
+def shares_of(cluster: Cluster, count: int) -> list[Share]:
+    """The cluster's hosts, or this host's devices, or its cores, in `count` parts. Raises UserError for too many."""
+    if count == 1:
+        return [Share(cluster, {})]
+    option = f"--parallel {count}"
+    if cluster.slurm is not None:
+        raise UserError(option, "the cluster is a Slurm allocation", "submit slices of the study with --only instead")
+    if hosts := cluster.hosts:
+        _check(option, count, len(hosts), "hosts")
+        return [
+            Share(_apart(cluster, number, nodes=_part(hosts, number, count), hostfile=None), {})
+            for number in range(count)
+        ]
+    if uses_gpu(cluster):
+        devices = _devices()
+        _check(option, count, len(devices), "GPUs")
+        parts = [_part(devices, number, count) for number in range(count)]
+        return [
+            Share(
+                _apart(cluster, number, processes=min(cluster.processes, len(part))),
+                dict.fromkeys(VISIBLE, ",".join(part)),
+            )
+            for number, part in enumerate(parts)
+        ]
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    _check(option, count, len(cores), "cores")
+    processes = max(cluster.processes // count, 1)
+    return [
+        Share(_apart(cluster, number, processes=processes), {}, _part(cores, number, count)) for number in range(count)
+    ]
+
+
+def _check(option: str, count: int, there: int, what: str) -> None:
+    if count > there:
+        raise UserError(option, f"the cluster has {there} {what}", f"--parallel {there} at most")
+
+
+def _part(whole: tuple[Item, ...], number: int, count: int) -> tuple[Item, ...]:
+    return whole[len(whole) * number // count : len(whole) * (number + 1) // count]
+
+
+def _devices() -> tuple[str, ...]:
+    for name in VISIBLE:
+        if listed := os.environ.get(name):
+            return tuple(listed.split(","))
+    import torch
+
+    return tuple(map(str, range(torch.cuda.device_count())))
+
+
+def _apart(cluster: Cluster, number: int, **changes: object) -> Cluster:
+    """A share's cluster with ports of its own."""
+    servers = cluster.servers
+    if isinstance(servers, LocalServers):
+        changes["servers"] = servers.model_copy(update={"port": servers.port + PORTS * number})
+    return cluster.model_copy(update={**changes, "master_port": cluster.master_port + PORTS * number})
