@@ -111,11 +111,12 @@ class Scores(Config):
 
 class ReportJob(Job):
     stage: ClassVar[str] = "report"
-    schema_version: ClassVar[int] = 4
+    schema_version: ClassVar[int] = 5
     name: str
     seed: int
     bootstrap: PositiveInt
     tasks: tuple[str, ...]
+    reference: ModelInput
     corpus: ArtifactInput
     adapter: ArtifactInput
     scores: Scores

@@ -14,8 +14,10 @@ from eval.benchmarks import averaged, benchmarks_of, weights_of
 from eval.config import ReportJob
 from eval.table import MODELS
 from recovery.artifacts import read_manifest
+from recovery.config import ModelInput
 from recovery.corpus import SUMMARY
 from recovery.files import HELD_OUT, HISTORY, read_json, read_lines
+from recovery.placement import skeleton
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,14 @@ def gather(job: ReportJob) -> Evidence:
     )
 
 
+def damage_of(evidence: Evidence) -> dict[str, float] | None:
+    """The relative L2 of every changed tensor, by name, where this run made the damage."""
+    if "degrade" not in evidence.manifests:
+        return None
+    tensors = evidence.manifests["degrade"]["details"]["tensors"]
+    return {name: change["relative_l2"] for name, change in tensors.items()}
+
+
 def count_tokens(corpus: Path) -> int:
     """Tokens of all splits, from the shards' length columns alone."""
     return sum(
@@ -96,12 +106,18 @@ def summarize(job: ReportJob, evidence: Evidence) -> dict[str, Any]:
         "tokens": int(details["loss_tokens"]) + int(details.get("calibration_tokens", 0)),
         "tokens_generated": evidence.tokens_generated,
         "trainable_parameters": int(details["trainable_parameters"]),
+        "model_parameters": parameters_of(job.reference),
         "seconds": seconds(evidence.manifests),
     }
     for suffix, text in (("", "held_out"), ("_contexts", "contexts")):
         summary |= _divergence(job, evidence, text, suffix)
     summary["closed_form"] = _closed_form(job, summary)
     return summary
+
+
+def parameters_of(model: ModelInput) -> int:
+    """Of the whole model, from its config alone; tied ones once."""
+    return sum(parameter.numel() for parameter in skeleton(model.path, model.revision).parameters())
 
 
 def _closed_form(job: ReportJob, summary: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -119,7 +120,9 @@ def _damage(evidence: Evidence) -> str:
 
 {len(tensors)} tensors changed, by {min(relative):.3g} to {max(relative):.3g} times their own L2 norm
 ({sum(relative) / len(relative):.3g} on average). The first, `{first}`, changed by an L2 norm of
-{tensors[first]["l2"]:.2f} (compare Table 1 of the paper)."""
+{tensors[first]["l2"]:.2f} (compare Table 1 of the paper).
+
+![Change of every tensor by layer](damage.png)"""
 
 
 def _value(value: Any) -> str:
@@ -177,4 +180,13 @@ def _origin(job: ReportJob, evidence: Evidence) -> str:
         f"- versions: {versions}",
         f"- seed: {job.seed}",
     ]
-    return "## Where it came from\n\n" + "\n".join(lines)
+    runs = job.runtime.output.parent.parent
+    commands = f"""\
+```
+recover-lora run {shlex.quote(str(runs / job.name / "recipe.yaml"))}
+recover-lora diagnose --run {shlex.quote(str(runs / job.name / "recipe.yaml"))}
+recover-lora deliver {shlex.quote(str(runs / job.name / "recipe.yaml"))}
+```"""
+    return (
+        "## Where it came from\n\n" + "\n".join(lines) + f"\n\nAgain, what limits it, and to hand it on:\n\n{commands}"
+    )

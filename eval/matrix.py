@@ -45,6 +45,7 @@ def result_of(summary: Mapping[str, Any]) -> dict[str, Any]:
         "ar_percent": {key: recovered[key] for key in ("value", "low", "high", "gap", "gap_se", "measurable")},
         "tokens": summary["tokens"],
         "parameters": summary["trainable_parameters"],
+        "model_parameters": summary["model_parameters"],
         "minutes": sum(summary["seconds"].get(stage, 0.0) for stage in OWN_STAGES) / 60,
     }
 
@@ -81,11 +82,17 @@ def markdown(rows: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> str:
         lines = [f"| {' | '.join(header)} |", f"| {' | '.join('---' for _ in header)} |"]
         for row in members:
             values = [row["labels"][axis] for axis in varying]
-            values += cells(row["result"]) if row["result"] else [row["note"], *[""] * (len(COLUMNS) - 1)]
+            values += cells(row["result"]) if row["result"] else [as_text(row["note"]), *[""] * (len(COLUMNS) - 1)]
             values += [percent(row["predicted"])] if predicted else []
             lines.append(f"| {' | '.join(values)} |")
         parts.append("\n".join([*([f"### {axes[0]}: {title}", ""] if title else []), *lines]))
     return "\n\n".join(parts) + "\n"
+
+
+def as_text(note: str) -> str:
+    """Words from elsewhere (an error, a path) as one table cell that shows them as they are."""
+    plain = " ".join(note.split()).replace("`", "'").replace("|", "/")
+    return f"`{plain}`" if plain else ""
 
 
 def plot_recoveries(rows: Sequence[Mapping[str, Any]], axes: Sequence[str], path: Path) -> None:

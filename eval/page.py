@@ -35,8 +35,13 @@ def html_page(title: str, markdown: str, folder: Path) -> str:
     reader = MarkdownIt("commonmark", {"html": False}).enable("table")
     tokens = reader.parse(markdown)
     for part in itertools.chain.from_iterable(token.children or () for token in tokens):
-        if part.type == "image":
-            part.attrs["src"] = _inlined(folder, str(part.attrs["src"]))
+        if part.type != "image":
+            continue
+        picture = folder / str(part.attrs["src"])
+        if picture.suffix == ".png" and picture.parent == folder and picture.is_file():
+            part.attrs["src"] = f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+        else:  # the words of a file, not a picture of ours
+            part.type, part.tag, part.children = "text", "", None
     body = reader.renderer.render(tokens, reader.options, {})
     body = body.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
     return f"""\
@@ -53,8 +58,3 @@ def html_page(title: str, markdown: str, folder: Path) -> str:
 {body}</main></body>
 </html>
 """
-
-
-def _inlined(folder: Path, name: str) -> str:
-    """A PNG of the folder as a data URI."""
-    return f"data:image/png;base64,{base64.b64encode((folder / Path(name).name).read_bytes()).decode()}"

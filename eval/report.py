@@ -3,7 +3,7 @@
     python -m eval.report JOB
 
 Writes `report.html` (one page that holds its pictures) and `report.md`, `kl.png`, `accuracy.png` and `recovery.png`
-(where there are benchmarks), `summary.json` (keys that stay) and `metrics.jsonl`.
+(where there are benchmarks), `damage.png` (where the run made it), `summary.json` (keys that stay) and `metrics.jsonl`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from eval.config import ReportJob
-from eval.evidence import gather, summarize
+from eval.evidence import damage_of, gather, summarize
+from eval.heatmap import plot_tensors
 from eval.markdown import render
 from eval.page import html_page
 from eval.plots import plot_accuracy, plot_kl, plot_recovery
@@ -48,6 +49,8 @@ def produce(job: ReportJob, workspace: Workspace) -> dict[str, Any]:
     summary = summarize(job, evidence)
     write_json(folder / "summary.json", summary)
     plot_kl(evidence.history, evidence.held_out, summary, folder / "kl.png")
+    if (damage := damage_of(evidence)) is not None:
+        plot_tensors(damage, "Change of every tensor, relative L2", folder / "damage.png")
     if job.tasks:
         plot_accuracy(summary, folder / "accuracy.png")
         plot_recovery(summary, folder / "recovery.png")

@@ -38,7 +38,7 @@ def verdict(summary: Mapping[str, Any]) -> str:
     """One sentence for those who read no table: what came back, and where to look for the rest.
 
     Recovered: at least nine tenths of the KL, and of the accuracy where its loss can be measured. Not recovered: less
-    than nothing is within the interval of the KL's share, or of the accuracy's.
+    than nothing is within the interval of the KL's share, or the accuracy itself is no better than the degraded one's.
     """
     kl, certain, top = summary["kl"], summary["ar_percent_measurable"], summary["kl_contexts"]
     if kl is None or kl["recovery"] is None:

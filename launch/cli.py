@@ -326,7 +326,8 @@ def preflight(
     "recommends the cheapest that fits and says why not the others. Reads the models' configs only.\n\n"
     "Examples:\n\n"
     "recover-lora plan launch/recipes/paper/llama-3.2-1b.yaml --cluster mi300x --nodes 4\n\n"
-    "recover-lora plan launch/recipes/smollm2-135m/headline.yaml"
+    "recover-lora plan launch/recipes/smollm2-135m/headline.yaml\n\n"
+    "recover-lora plan my-recipe.yaml --law runs/smollm2-135m-data/laws.json --target 0.95"
 )
 def plan(
     recipe: RecipeFile,
@@ -339,10 +340,24 @@ def plan(
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Instead, simulate 8 to 1024 devices with as much work for each.")
     ] = False,
+    law: Annotated[
+        Path | None, typer.Option("--law", metavar="FILE", help="Take as many samples as a study's laws.json asks for.")
+    ] = None,
+    target: Annotated[
+        float, typer.Option("--target", min=0, max=1, metavar="SHARE", help="Of --law: share of the KL to recover.")
+    ] = 0.95,
+    series: Annotated[
+        str | None, typer.Option("--series", metavar="NAME", help="Of --law, where the study has several.")
+    ] = None,
 ) -> None:
     from launch.plan_text import plan_text, scaling_text
 
     given, on = load_recipe(recipe, overrides), load_cluster(cluster)
+    if law is not None:
+        from launch.law import sized_by_law
+
+        given, said = sized_by_law(given, on, law, series, target, nodes)
+        print(f"{said}\n")
     if scaling:
         print(scaling_text(given, on))
     else:

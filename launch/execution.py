@@ -22,9 +22,11 @@ from launch.servers import ServerPool
 from recovery.artifacts import PATIENT_VARIABLE, wait_for_builder
 from recovery.config import Job
 from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, Unavailable, UserError
-from recovery.files import HashMemory
+from recovery.files import HashMemory, write_atomic
 
 log = logging.getLogger("recover-lora")
+RECIPE = "recipe.yaml"
+"""In a run's folder: the recipe with all overrides, which makes the run again."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Plan:
         from recovery.stage import set_up_logging
 
         set_up_logging("run", self.run_folder / "logs" / "run.log")
+        write_atomic(self.run_folder / RECIPE, self.recipe.to_yaml())
         with tracked(self.recipe, self.runs_dir, parent) as run:
             stages = [stage.tracked_by(run.tracking) for stage in self.wanted]
             run.code = self._run_stages(stages, memory, max_restarts)

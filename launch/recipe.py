@@ -24,7 +24,8 @@ MOST_SHOWN = 200
 """Characters of what was found, in an error."""
 OF_YAML = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 """What PyYAML's own constructors raise (impossible dates, unknown truth values), beside YAMLError."""
-CREDENTIALS = re.compile(r"//[^/@\s'\"]*@")
+CREDENTIALS = re.compile(r"//[^/\s'\"]*@")
+"""The user and password of a URL, up to the last @ before its path."""
 ConfigType = TypeVar("ConfigType", bound=Config)
 
 
@@ -128,7 +129,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(str(path), error.strerror or "not readable", "give the path of a YAML file") from error
     except (yaml.YAMLError, *OF_YAML) as error:
-        raise UserError(str(path), f"not YAML ({' '.join(_short(str(error)).split())})", "mend the file") from error
+        said = _short(CREDENTIALS.sub("//", " ".join(str(error).split())))
+        raise UserError(str(path), f"not YAML ({said})", "mend the file") from error
     if _values(content, MOST_VALUES) > MOST_VALUES:
         raise UserError(str(path), f"more than {MOST_VALUES} values, its anchors followed", "write it shorter")
     if not isinstance(content, dict):
@@ -155,10 +157,11 @@ class _UniqueKeys(yaml.SafeLoader):
     """The safe loader, refusing a key given twice (YAML would silently take the last)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
+        seen: set[Any] = set()
+        for key in (self.construct_object(key, deep=True) for key, _ in node.value):
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -189,7 +192,7 @@ def _user_error(kind: type[BaseModel], path: Path, fault: Any) -> UserError:
     parts, models = _follow(kind, fault["loc"])
     where = ".".join(map(str, parts)) or str(path)
     found = fault["input"]
-    shown = _short(CREDENTIALS.sub("//...@", repr(found))) if not isinstance(found, dict) else "a section"
+    shown = _short(CREDENTIALS.sub("//", repr(found))) if not isinstance(found, dict) else "a section"
     if fault["type"] == "extra_forbidden":
         _, models = _follow(kind, fault["loc"][:-1])
         known = sorted({name for model in models for name in model.model_fields})

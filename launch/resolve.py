@@ -391,6 +391,7 @@ def build_stages(recipe: Recipe, names: Names, cluster: Cluster, runs_dir: Path)
         seed=recipe.seed,
         bootstrap=recipe.evaluate.bootstrap,
         tasks=recipe.evaluate.task_names,
+        reference=names.reference,
         corpus=artifact_of(generate),
         adapter=adapter,
         repair=repair,

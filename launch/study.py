@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import re
 import shlex
 import time
@@ -31,6 +32,7 @@ from recovery.files import HELD_OUT, HashMemory, read_json, read_lines
 from recovery.settings import Config
 
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+MOST_POINTS = 10_000
 FAILURES, STOPPED = "failures.json", "stopped.json"
 """In the study's folder: why points failed, and why successive halving stopped them, by name."""
 
@@ -56,6 +58,9 @@ class Study(Config):
     axes: dict[str, dict[str, dict[str, Any]] | list[Any]] = Field(min_length=1)
     """What varies, outermost first. A list holds values of the recipe's field of that name (train.learning_rate:
     [1e-3, 1e-4]); otherwise each label has its changes: {few: {generate.samples: 80}, many: {...}}."""
+    scaling: tuple[str, ...] = ()
+    """Axes along which data, rank or model size grow: curves and laws are fitted along them, one series for each label
+    of the others; an axis named seed is of repeats."""
     halving: Halving | None = None
     """Stop poor points early; all of them run to their end unless given."""
 
@@ -71,9 +76,11 @@ class Study(Config):
         return axes
 
     @model_validator(mode="after")
-    def _halves_axes(self) -> Study:
-        if self.halving is not None and (unknown := set(self.halving.among) - set(self.axes)):
-            raise ValueError(f"halving.among: no axis {', '.join(sorted(unknown))}; there are {', '.join(self.axes)}")
+    def _axes_are_there(self) -> Study:
+        named = {"halving.among": self.halving.among if self.halving is not None else (), "scaling": self.scaling}
+        for place, axes in named.items():
+            if unknown := set(axes) - set(self.axes):
+                raise ValueError(f"{place}: no axis {', '.join(sorted(unknown))}; there are {', '.join(self.axes)}")
         return self
 
 
@@ -105,6 +112,8 @@ def load_study(path: Path) -> tuple[Study, list[Point]]:
     base = (path.parent / study.recipe).resolve()
     content = read_yaml(base)
     axes = {axis: _choices(axis, values) for axis, values in study.axes.items()}
+    if (count := math.prod(map(len, axes.values()))) > MOST_POINTS:
+        raise UserError(f"{path}: axes", f"{count:,} points", f"at most {MOST_POINTS:,}: vary fewer things at once")
     points: list[Point] = []
     errors: list[UserError] = []
     for labels in itertools.product(*axes.values()):

@@ -1,21 +1,23 @@
-"""What a study has come to so far: `results.html`, `.md`, `.json` and `.png`, and forecasts to compare with."""
+"""What a study has come to so far: `results.html`, `.md`, `.json` and `.png`, laws, and forecasts to compare with."""
 
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from eval.matrix import markdown, plot_recoveries, result_of
 from eval.page import html_page
-from launch.execution import Plan
+from eval.scaling import laws_of, plot_plane, plot_scaling, scaling_text
+from launch.execution import RECIPE, Plan
 from launch.study import Point, Study
 from recovery.errors import UserError
 from recovery.files import read_json, write_atomic, write_json
 
 log = logging.getLogger("recover-lora")
-FORECASTS = "forecasts.json"
+FORECASTS, LAWS = "forecasts.json", "laws.json"
 FORECAST_TOKENS = 4096
 CLOSE = 0.15
 """Of a forecast: the largest difference of predicted and realised KL recovery that is called right."""
@@ -42,11 +44,24 @@ def write_report(
     axes = list(study.axes)
     write_json(folder / "results.json", {"study": study.name, "points": rows})
     plot_recoveries(rows, axes, folder / "results.png")
-    closing = agreement(rows)
-    picture = "![KL recovered by every point](results.png)"
-    text = "\n".join([f"# {study.name}", "", picture, "", markdown(rows, axes), *closing])
+    parts = [f"# {study.name}", "![KL recovered by every point](results.png)", markdown(rows, axes), *agreement(rows)]
+    if any(row["result"] is not None for row in rows):
+        plot_plane(rows, folder / "plane.png")
+        parts.append("![Trainable parameters and data of every point](plane.png)")
+    if study.scaling:
+        plot_scaling(rows, study.scaling, folder / "scaling.png")
+        parts.append(scaling_text(rows, study.scaling))
+        laws = {name: law.to_json() for name, law in laws_of(rows, study.scaling).items()}
+        write_json(folder / LAWS, {"study": study.name, "series": laws})
+    text = "\n\n".join([*parts, commands_text(plans)])
     write_atomic(folder / "results.md", text)
     write_atomic(folder / "results.html", html_page(study.name, text, folder))
+
+
+def commands_text(plans: Mapping[str, Plan]) -> str:
+    """How every point is made again."""
+    lines = [f"recover-lora run {shlex.quote(str(plan.run_folder / RECIPE))}" for plan in plans.values()]
+    return "\n".join(["## Commands", "", "Every point by itself:", "", "```", *lines, "```", ""])
 
 
 def agreement(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -59,7 +74,7 @@ def agreement(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not both:
         return []
     right = sum(abs(predicted - realised) <= CLOSE for predicted, realised in both)
-    return [f"Predicted recovery within {CLOSE} of the closed form's, before any training: {right} of {len(both)}.", ""]
+    return [f"Predicted recovery within {CLOSE} of the closed form's, before any training: {right} of {len(both)}."]
 
 
 def is_forecast(plan: Plan) -> bool:

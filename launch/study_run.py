@@ -17,20 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-import yaml
 from tqdm import tqdm
 
 from launch.cluster import Cluster
-from launch.execution import Plan
+from launch.execution import RECIPE, Plan
 from launch.halving import Race
 from launch.point import note_of
-from launch.recipe import Recipe
 from launch.share import Share, shares_of
 from launch.study import FAILURES, STOPPED, Point, Study, plans_of, read_notes, states, status_table
 from recovery.artifacts import REPOSITORY, folder_of
 from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER
 from recovery.files import HELD_OUT, write_atomic, write_json
-from recovery.settings import Config
 
 log = logging.getLogger("recover-lora")
 POLL_S = 0.3
@@ -120,7 +117,7 @@ def run_study(
     for point in points:  # what was seen before a kill
         races.observe(point, plans[point.name])
     parent = start_study(study.name, points[0].recipe.tracking.experiment, runs_dir)
-    code = EXIT_FAILED
+    code = status = EXIT_FAILED
     try:
         queue = [point for point in wanted if point.name not in outcome.stopped]
         with _children(shares, folder, runs_dir, parent) as start:
@@ -131,14 +128,20 @@ def run_study(
             make_forecasts([plans[point.name] for point in wanted], folder)
         write_report(study, points, plans, outcome.notes, folder)
         code = EXIT_FAILED if set(outcome.failures) & {point.name for point in wanted} else EXIT_DONE
+        status = code if code != EXIT_DONE or _is_whole(plans, outcome) else EXIT_INTERRUPTED
     except KeyboardInterrupt:
-        code = EXIT_INTERRUPTED
+        status = EXIT_INTERRUPTED
         raise
     finally:
-        end_study(parent, runs_dir, folder, code)
+        end_study(parent, runs_dir, folder, status)
     print(status_table(states({point.name: plans[point.name] for point in wanted}, folder)))
     print(f"\nresults  {folder / 'results.html'}   (and results.md)")
     return code
+
+
+def _is_whole(plans: Mapping[str, Plan], outcome: Outcome) -> bool:
+    """Whether no point is left, of a slice neither."""
+    return all(name in outcome.stopped or plan.stages[-1].job.runtime.output.exists() for name, plan in plans.items())
 
 
 def _take_in(ended: Running, code: int, outcome: Outcome, plans: Mapping[str, Plan]) -> None:
@@ -161,16 +164,16 @@ class _Start:
         self._files = [folder / f"share-{number}.yaml" for number in range(len(shares))]
         folder.mkdir(parents=True, exist_ok=True)
         for file, share in zip(self._files, shares, strict=True):
-            write_atomic(file, as_yaml(share.cluster), private=True)  # it may name keys of servers
+            write_atomic(file, share.cluster.to_yaml(), private=True)  # it may name keys of servers
         self.running: list[Running] = []
 
     def __call__(self, point: Point, plan: Plan) -> Running:
         taken = {running.share for running in self.running}
         number = next(number for number in range(len(self._shares)) if number not in taken)
         share = self._shares[number]
-        recipe = plan.run_folder / "recipe.yaml"
+        recipe = plan.run_folder / RECIPE
         recipe.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(recipe, as_yaml(point.recipe))
+        write_atomic(recipe, point.recipe.to_yaml())
         before = {path: path.stat().st_size for path in logs_of(plan) if path.exists()}
         command = [sys.executable, "-m", "launch.guard", str(os.getpid()), *POINT]
         command += [str(recipe), "--cluster", str(self._files[number]), "--runs-dir", str(self._runs_dir)]
@@ -255,11 +258,6 @@ def _ends(
                     bar.update()
                 yield running, code
             time.sleep(POLL_S)
-
-
-def as_yaml(config: Config | Recipe) -> str:
-    """What was given, so that what follows from it follows again."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False)
 
 
 def logs_of(plan: Plan) -> list[Path]:

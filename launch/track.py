@@ -13,7 +13,7 @@ import typer
 from launch.cluster import Cluster, load_cluster
 from launch.execution import Plan
 from launch.recipe import load_recipe, read_yaml
-from recovery.errors import EXIT_DONE, EXIT_FAILED
+from recovery.errors import Unavailable, UserError
 from recovery.files import HashMemory
 
 track_app = typer.Typer(
@@ -49,17 +49,24 @@ def sync_command(
 
 
 def _sync_study(file: Path, cluster: Cluster, runs_dir: Path) -> None:
-    from launch.study import load_study, plans_of
-    from launch.tracking import end_study, start_study
+    from launch.study import load_study, plans_of, states
+    from launch.tracking import start_study, sync_study
 
     study, points = load_study(file)
-    parent = start_study(study.name, points[0].recipe.tracking.experiment, runs_dir)
-    plans = plans_of(points, cluster, runs_dir).values()
-    for plan in plans:
+    plans = plans_of(points, cluster, runs_dir)
+    folder = runs_dir / study.name
+    if not folder.exists():
+        raise UserError(
+            str(file), f"nothing of it has been run in {runs_dir}", "give the --runs-dir that it was run with"
+        )
+    parent = start_study(study.name, points[0].recipe.tracking.experiment, runs_dir, begin=False)
+    if parent is None:
+        raise Unavailable("the tracking server does not answer; the same command sends everything later")
+    for plan in plans.values():
         if plan.run_folder.exists():
             _send(plan, parent)
-    whole = all(plan.stages[-1].job.runtime.output.exists() for plan in plans)
-    end_study(parent, runs_dir, runs_dir / study.name, EXIT_DONE if whole else EXIT_FAILED)
+    whole = all(state.finished for state in states(plans, folder).values())
+    sync_study(parent, runs_dir, folder, whole=whole)
 
 
 def _send(plan: Plan, parent: str | None) -> None:

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from eval.table import verdict
-from launch.recipe import Recipe
+from launch.recipe import CREDENTIALS, Recipe
 from launch.resolve import Stage
-from recovery.artifacts import content_digest, folder_of, read_manifest
+from recovery.artifacts import content_digest, folder_of, is_being_built, read_manifest
 from recovery.config import Tracking
 from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, Unavailable
 from recovery.files import read_json, write_json
-from recovery.tracking import BATCH, first_line, mlflow_client, read_metrics, shown_files
+from recovery.tracking import BATCH, METRICS, first_line, mlflow_client, read_metrics, shown_files
 
 log = logging.getLogger("recover-lora")
+PARENT = "mlflow.parentRunId"
 
 
 def store_uri(runs_dir: Path) -> str:
@@ -31,55 +32,96 @@ def store_uri(runs_dir: Path) -> str:
 
 def start_run(recipe: Recipe, runs_dir: Path, parent: str | None = None) -> Tracking | None:
     """The run to log to, or None (with a warning) when the store does not answer. parent: the run of the study."""
-    uri = store_uri(runs_dir)
-    note = runs_dir / recipe.name / "tracking.json"
-    store = hashlib.sha256(uri.encode()).hexdigest()[:16]
-    content = hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()[:16]
-    written = None if os.environ.get("MLFLOW_TRACKING_URI") else uri
     try:
-        client = mlflow_client(uri)
-        from mlflow.exceptions import MlflowException
-
-        known = read_json(note) if note.exists() else {}
-        if (known.get("store"), known.get("recipe")) == (store, content):
-            with contextlib.suppress(MlflowException):  # removed from the store: a new run is made
-                client.update_run(known["run_id"], status="RUNNING")
-                return Tracking(uri=written, experiment=recipe.tracking.experiment, run_id=known["run_id"])
-        identifier = _experiment(client, recipe.tracking.experiment, runs_dir if written else None)
-        tags = {} if parent is None else {"mlflow.parentRunId": parent}
-        run = client.create_run(identifier, run_name=recipe.name, tags=tags)
-        params = {f"{section}.{key}": value for section, key, value in _flat(recipe)}
-        for key, value in params.items():
-            client.log_param(run.info.run_id, key, value)
+        client = mlflow_client(store_uri(runs_dir))
+        known = _known_run(client, _note(runs_dir, recipe.name), _key(runs_dir, recipe), parent)
+        if known is not None:
+            client.update_run(known, status="RUNNING")
+        return _target(recipe, runs_dir, known or _new_run(client, recipe, runs_dir, parent))
     except Exception as error:  # noqa: BLE001 - whatever a tracking server does, the run goes on
         _say_silent(error)
         return None
-    note.parent.mkdir(parents=True, exist_ok=True)
-    write_json(note, {"store": store, "recipe": content, "run_id": run.info.run_id})
-    return Tracking(uri=written, experiment=recipe.tracking.experiment, run_id=run.info.run_id)
 
 
-def start_study(name: str, experiment: str, runs_dir: Path) -> str | None:
-    """The parent run of a study's points: made once, remembered in the study's folder; None without a store."""
-    uri, note = store_uri(runs_dir), runs_dir / name / "tracking.json"
-    store = hashlib.sha256(uri.encode()).hexdigest()[:16]
-    own = None if os.environ.get("MLFLOW_TRACKING_URI") else runs_dir
+def start_study(name: str, experiment: str, runs_dir: Path, *, begin: bool = True) -> str | None:
+    """The parent run of a study's points: made once, remembered in the study's folder; None without a store.
+
+    begin: the study starts; otherwise a known run's state stays, and a new one is of a study that is not at work.
+    """
+    note, key = _note(runs_dir, name), _store_key(runs_dir)
     try:
-        client = mlflow_client(uri)
-        from mlflow.exceptions import MlflowException
-
-        known = read_json(note) if note.exists() else {}
-        if known.get("store") == store:
-            with contextlib.suppress(MlflowException):
-                client.update_run(known["run_id"], status="RUNNING")
-                return str(known["run_id"])
-        run = client.create_run(_experiment(client, experiment, own), run_name=name, tags={"recover-lora.study": name})
+        client = mlflow_client(store_uri(runs_dir))
+        known = _known_run(client, note, key)
+        if known is not None:
+            if begin:
+                client.update_run(known, status="RUNNING")
+            return known
+        tags = {"recover-lora.study": name}
+        run = client.create_run(_experiment(client, experiment, runs_dir), run_name=name, tags=tags)
+        _remember(note, key, run.info.run_id)
+        if not begin:
+            client.set_terminated(run.info.run_id, _status(EXIT_INTERRUPTED))
+        return str(run.info.run_id)
     except Exception as error:  # noqa: BLE001 - as for a recipe's run
         _say_silent(error)
         return None
-    note.parent.mkdir(parents=True, exist_ok=True)
-    write_json(note, {"store": store, "run_id": run.info.run_id})
+
+
+def _note(runs_dir: Path, name: str) -> Path:
+    """Where a run or study remembers its MLflow runs, by store and content."""
+    return runs_dir / name / "tracking.json"
+
+
+def _store_key(runs_dir: Path) -> str:
+    """Names the store; another password is not another store."""
+    address = CREDENTIALS.sub("//", store_uri(runs_dir))
+    return hashlib.sha256(address.encode()).hexdigest()[:16]
+
+
+def _key(runs_dir: Path, recipe: Recipe) -> str:
+    content = hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()[:16]
+    return f"{_store_key(runs_dir)} {content}"
+
+
+def _known_run(client: Any, note: Path, key: str, parent: str | None = None) -> str | None:
+    """The run that was made for this before, if the store still has it. A store that does not answer raises."""
+    from mlflow.exceptions import MlflowException
+
+    run = (read_json(note) if note.exists() else {}).get(key)
+    if run is None:
+        return None
+    try:
+        found = client.get_run(run)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    if found.info.lifecycle_stage == "deleted":
+        return None
+    if parent is not None and found.data.tags.get(PARENT) != parent:  # the store was away when the study began
+        client.set_tag(run, PARENT, parent)
+    return str(run)
+
+
+def _new_run(client: Any, recipe: Recipe, runs_dir: Path, parent: str | None) -> str:
+    identifier = _experiment(client, recipe.tracking.experiment, runs_dir)
+    run = client.create_run(identifier, run_name=recipe.name, tags={} if parent is None else {PARENT: parent})
+    # First of all, so that what fails from here on makes no second run.
+    _remember(_note(runs_dir, recipe.name), _key(runs_dir, recipe), run.info.run_id)
+    for section, key, value in _flat(recipe):
+        client.log_param(run.info.run_id, f"{section}.{key}", value)
     return str(run.info.run_id)
+
+
+def _remember(note: Path, key: str, run: str) -> None:
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write_json(note, {**(read_json(note) if note.exists() else {}), key: run})
+
+
+def _target(recipe: Recipe, runs_dir: Path, run: str) -> Tracking:
+    """A server's address is not written down: it may hold a password."""
+    written = None if os.environ.get("MLFLOW_TRACKING_URI") else store_uri(runs_dir)
+    return Tracking(uri=written, experiment=recipe.tracking.experiment, run_id=run)
 
 
 def end_study(parent: str | None, runs_dir: Path, folder: Path, code: int) -> None:
@@ -88,29 +130,33 @@ def end_study(parent: str | None, runs_dir: Path, folder: Path, code: int) -> No
         return
     try:
         client = mlflow_client(store_uri(runs_dir))
-        for path in folder.glob("results.*"):
-            client.log_artifact(parent, str(path))
+        _send_results(client, parent, folder)
         client.set_terminated(parent, _status(code))
     except Exception as error:  # noqa: BLE001 - as for a recipe's run
         _say_silent(error)
+
+
+def _send_results(client: Any, parent: str, folder: Path) -> None:
+    for path in [*folder.glob("*.png"), *folder.glob("results.*"), *folder.glob("laws.json")]:
+        client.log_artifact(parent, str(path))
 
 
 def _status(code: int) -> str:
     return {EXIT_DONE: "FINISHED", EXIT_INTERRUPTED: "KILLED"}.get(code, "FAILED")
 
 
-def _experiment(client: Any, name: str, runs_dir: Path | None) -> str:
-    """The experiment's identifier; made where there is none. runs_dir: of a store of our own, beside the runs."""
+def _experiment(client: Any, name: str, runs_dir: Path) -> str:
+    """The experiment's identifier; made where there is none, in a store of our own with its files beside the runs."""
     found = client.get_experiment_by_name(name)
-    location = str(runs_dir.resolve() / "mlartifacts") if runs_dir is not None else None
+    location = None if os.environ.get("MLFLOW_TRACKING_URI") else str(runs_dir.resolve() / "mlartifacts")
     return found.experiment_id if found else client.create_experiment(name, artifact_location=location)
 
 
-def _say_silent(error: Exception) -> None:
-    log.warning(
-        "MLflow does not answer (%s); metrics stay in the artifacts' metrics.jsonl until `recover-lora track sync`",
-        first_line(error),
-    )
+UNTIL_SYNC = "metrics stay in the artifacts' metrics.jsonl until `recover-lora track sync`"
+
+
+def _say_silent(error: Exception, then: str = UNTIL_SYNC) -> None:
+    log.warning("MLflow does not answer (%s); %s", first_line(error), then)
 
 
 @dataclass
@@ -150,7 +196,7 @@ def register(recipe: Recipe, runs_dir: Path, delivery: Path) -> str | None:
         try:
             return _register(mlflow_client(run.tracking.uri), run.tracking.run_id, recipe.name, delivery)
         except Exception as error:  # noqa: BLE001 - as for a recipe's run
-            _say_silent(error)
+            _say_silent(error, "the adapter is not registered; the same command tries again")
             return None
 
 
@@ -169,10 +215,12 @@ def _register(client: Any, run: str, name: str, delivery: Path) -> str:
     for version in client.search_model_versions(f"name = '{name}'"):
         if version.tags.get("recover-lora.content") == tags["recover-lora.content"]:
             return f"models:/{name}/{version.version}"
+    # A folder for each content: an older version keeps its files.
+    place = f"delivery/{tags['recover-lora.content'][:16]}"
     for path in sorted(delivery.glob("*.*")):
         if path.is_file():
-            client.log_artifact(run, str(path), "delivery")
-    source = f"{client.get_run(run).info.artifact_uri}/delivery"
+            client.log_artifact(run, str(path), place)
+    source = f"{client.get_run(run).info.artifact_uri}/{place}"
     version = client.create_model_version(name, source, run_id=run, tags=tags, description=verdict(summary))
     return f"models:/{name}/{version.version}"
 
@@ -186,26 +234,43 @@ class Sent:
 def sync(recipe: Recipe, stages: Sequence[Stage], runs_dir: Path, parent: str | None = None) -> Sent:
     """Send what a tracking server has not got of a run: metrics of all stages, also unfinished ones, and the report.
 
-    What it has is asked first, so nothing is sent twice. parent: as for `start_run`. Raises Unavailable where the
-    server does not answer.
+    What it has is asked first, so nothing is sent twice; a run of which nothing is there is not made. parent: as for
+    `start_run`. Raises Unavailable where the server does not answer.
     """
-    tracking = start_run(recipe, runs_dir, parent)
-    if tracking is None:
-        raise Unavailable("the tracking server does not answer; the same command sends everything later")
+    files = [path for stage in stages if (path := folder_of(stage.job) / METRICS).is_file()]
+    if not files:
+        return Sent(0, 0)
     try:
-        client = mlflow_client(tracking.uri)
-        metrics = files = 0
-        for stage in stages:
-            folder = folder_of(stage.job)
-            if (folder / "metrics.jsonl").is_file():
-                metrics += _send_metrics(client, tracking.run_id, folder / "metrics.jsonl")
-        report = stages[-1].job.runtime.output
+        client = mlflow_client(store_uri(runs_dir))
+        known = _known_run(client, _note(runs_dir, recipe.name), _key(runs_dir, recipe), parent)
+        run = known or _new_run(client, recipe, runs_dir, parent)
+        metrics = sum(_send_metrics(client, run, path) for path in files)
+        report, sent = stages[-1].job.runtime.output, 0
         if report.exists():
-            files = _send_files(client, tracking.run_id, report)
-            client.set_terminated(tracking.run_id)
+            sent = _send_files(client, run, report)
+            client.set_terminated(run)
+        elif known is None and not any(is_being_built(stage.job.runtime.output) for stage in stages):
+            client.set_terminated(run, "KILLED")
     except Exception as error:
-        raise Unavailable(f"the tracking server stopped answering ({first_line(error)}); sync again later") from error
-    return Sent(metrics, files)
+        raise _away(error) from error
+    return Sent(metrics, sent)
+
+
+def sync_study(parent: str, runs_dir: Path, folder: Path, *, whole: bool) -> None:
+    """The results of a study so far; its run has ended where every point is done. Raises Unavailable as `sync`."""
+    try:
+        client = mlflow_client(store_uri(runs_dir))
+        _send_results(client, parent, folder)
+        if whole:
+            client.set_terminated(parent)
+    except Exception as error:
+        raise _away(error) from error
+
+
+def _away(error: Exception) -> Unavailable:
+    return Unavailable(
+        f"the tracking server does not answer ({first_line(error)}); the same command sends the rest later"
+    )
 
 
 def _send_metrics(client: Any, run: str, path: Path) -> int:
@@ -221,8 +286,8 @@ def _send_metrics(client: Any, run: str, path: Path) -> int:
 
 
 def _send_files(client: Any, run: str, report: Path) -> int:
-    known = {Path(file.path).name for file in client.list_artifacts(run, "report")}
-    missing = [path for path in shown_files(report) if path.name not in known]
+    known = {Path(file.path).name: file.file_size for file in client.list_artifacts(run, "report")}
+    missing = [path for path in shown_files(report) if known.get(path.name) != path.stat().st_size]
     for path in missing:
         client.log_artifact(run, str(path), "report")
     return len(missing)

@@ -89,7 +89,7 @@ def is_artifact(folder: Path) -> bool:
     """Whether this folder has a manifest of ours; a model from elsewhere may hold another tool's manifest.json."""
     try:
         return "manifest_schema" in json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 
@@ -150,6 +150,11 @@ def verify(folder: Path, memory: HashMemory | None = None) -> dict[str, Any]:
             raise DamagedArtifact(str(path), f"{size} bytes, the manifest says {entry['bytes']}", remedy)
         if memory.sha256(path) != entry["sha256"]:
             raise DamagedArtifact(str(path), "its hash differs from the manifest's", remedy)
+    for path in folder.rglob("*"):
+        if not path.is_dir() and path != folder / MANIFEST and not _hidden(path, folder):
+            name = str(path.relative_to(folder))
+            if name not in manifest["files"]:
+                raise DamagedArtifact(str(path), "the manifest does not name it", "move it out of the artifact")
     return manifest
 
 
@@ -167,6 +172,18 @@ def _lock_soon(file: IO[str], artifact: Path) -> None:
 
 def _lock_of(final: Path) -> Path:
     return final.with_name(f".{final.name}.lock")
+
+
+def is_being_built(final: Path) -> bool:
+    """Whether a process works on this artifact now."""
+    if not _lock_of(final).exists():
+        return False
+    with _lock_of(final).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def wait_for_builder(final: Path, on_wait: Callable[[], object]) -> None:

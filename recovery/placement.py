@@ -94,7 +94,7 @@ def skeleton(path: str, revision: str | None) -> Any:
         config = AutoConfig.from_pretrained(place, **arguments)
         check_packing(path, config)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(path, f"not a causal language model that transformers knows ({first})", "give one") from error

@@ -25,10 +25,11 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises UserError for an index that names a file which is not there, or not in this folder.
     """
-    index = folder / "model.safetensors.index.json"
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if whole.is_file():  # which transformers takes before an index
+        return [whole]
     if not index.is_file():
-        whole = folder / "model.safetensors"
-        return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+        return sorted(folder.glob("*.safetensors"))
     content = read_json(index)
     shards = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shards, dict) or not shards:
@@ -41,11 +42,15 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def pretrained(path: str, revision: str | None = None) -> tuple[str, dict[str, Any]]:
-    """What `from_pretrained` takes for this model: a folder or hub id, and its own arguments."""
+    """What `from_pretrained` takes for this model: a folder or hub id, and its own arguments.
+
+    Left out, trust_remote_code would have transformers ask on a terminal whether to run a model's own code.
+    """
+    safe = {"trust_remote_code": False}
     if is_gguf(path):
         file = Path(path)
-        return str(file.parent), {"gguf_file": file.name}
-    return path, {"revision": revision}
+        return str(file.parent), {"gguf_file": file.name, **safe}
+    return path, {"revision": revision, **safe}
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> Any:

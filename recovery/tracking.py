@@ -20,6 +20,7 @@ from typing import Any
 from recovery.config import Tracking
 
 log = logging.getLogger("recover-lora")
+METRICS = "metrics.jsonl"
 BATCH = 500  # MLflow takes at most 1000 metrics and 100 params a call
 PATIENCE_SECONDS = 20.0
 
@@ -38,7 +39,7 @@ def read_metrics(path: Path) -> dict[str, list[tuple[float, int, int]]]:
 
 def shown_files(folder: Path) -> list[Path]:
     """Of a report: what belongs into MLflow's artifacts."""
-    return [path for path in sorted(folder.glob("*.*")) if path.name not in ("metrics.jsonl", "manifest.json")]
+    return [path for path in sorted(folder.glob("*.*")) if path.name not in (METRICS, "manifest.json")]
 
 
 def mlflow_client(uri: str | None) -> Any:
@@ -55,9 +56,9 @@ def mlflow_client(uri: str | None) -> Any:
 
 def first_line(error: Exception) -> str:
     """What a tracking server's error says, without the server's address, which may hold a password."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     uri = os.environ.get("MLFLOW_TRACKING_URI")
-    return text.replace(uri, "its store") if uri else text
+    return (text.replace(uri, "its store") if uri else text)[:200]
 
 
 class Tracker:

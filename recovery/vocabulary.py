@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recovery.errors import UserError
-from recovery.sources import is_gguf
+from recovery.sources import is_gguf, pretrained
 
 SPECIAL = ("bos_token_id", "eos_token_id", "unk_token_id")
 
@@ -39,8 +39,9 @@ def load_vocabulary(path: str, revision: str | None = None, *, model: bool = Tru
     if is_gguf(path):
         return gguf_vocabulary(path)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision)
-        config = AutoConfig.from_pretrained(path, revision=revision) if model else None
+        place, arguments = pretrained(path, revision)
+        tokenizer: Any = AutoTokenizer.from_pretrained(place, **arguments)
+        config = AutoConfig.from_pretrained(place, **arguments) if model else None
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(path, f"its tokenizer or config cannot be read ({first})", "give a complete model") from error

@@ -94,6 +94,16 @@ def test_two_processes_do_not_build_the_same(tmp_path: Path, monkeypatch: pytest
         build(job, never, resumable=True)
 
 
+def test_a_file_that_the_manifest_does_not_name_is_refused(tmp_path: Path):
+    folder = build(job_in(tmp_path), writing("one"), resumable=False)
+    (folder / ".note").write_text("hidden: a working file")
+    verify(folder)
+    (folder / "train").mkdir()
+    (folder / "train" / "shard-00099.parquet").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DamagedArtifact, match=r"shard-00099\.parquet: the manifest does not name it"):
+        verify(folder)
+
+
 def test_a_patient_process_waits_and_finds_it_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("recovery.artifacts.LOCK_SECONDS", 0.1)
     monkeypatch.setenv("RECOVER_LORA_PATIENT", "1")

@@ -14,6 +14,7 @@ from eval import report
 from eval.config import KNOWN, Evaluate, ReportJob
 from eval.evidence import count_tokens, gather
 from eval.markdown import markdown_table
+from eval.matrix import as_text
 from eval.page import html_page
 from eval.plots import plot_accuracy, plot_kl, plot_recovery
 from eval.table import terminal_table, verdict
@@ -28,7 +29,7 @@ from tests.pipeline import make_benchmarks, run_in_process, stages_of, tiny_reci
 
 KEYS = {
     *("kl", "top1", "kl_contexts", "top1_contexts", "ar_percent", "ar_percent_measurable", "tasks", "tokens"),
-    *("tokens_generated", "trainable_parameters", "seconds"),
+    *("tokens_generated", "trainable_parameters", "model_parameters", "seconds"),
     "closed_form",
 }
 AR_KEYS = {"value", "low", "high", "gap", "gap_se", "measurable"}
@@ -95,23 +96,39 @@ def test_the_report_opens_with_the_result_and_says_how_to_use_it(run: dict[str, 
     assert re.search(r"4 tensors changed, by", text)
     for name in re.findall(r"\]\((\w+\.png)\)", text):
         assert (run["report"] / name).read_bytes().startswith(b"\x89PNG")
-    assert {path.name for path in run["report"].glob("*.png")} == {"accuracy.png", "kl.png", "recovery.png"}
+    assert {path.name for path in run["report"].glob("*.png")} == {
+        "accuracy.png",
+        "damage.png",
+        "kl.png",
+        "recovery.png",
+    }
 
 
 def test_the_page_holds_everything_and_loads_nothing(run: dict[str, Path]):
     page = (run["report"] / "report.html").read_text()
     assert "default-src 'none'" in page
     sources = re.findall(r'<img src="([^"]*)"', page)
-    assert len(sources) == 3
+    assert len(sources) == 4
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert page.count("<table>") == 3
 
 
 def test_what_a_file_names_is_text_on_the_page(tmp_path: Path):
-    page = html_page("<b>", "a <script>x()</script> [b](javascript:x()) | `<img src=x>`", tmp_path)
+    (tmp_path / "within").mkdir()
+    (tmp_path / "elsewhere.png").write_bytes(b"x")
+    words = (
+        "a <script>x()</script> [b](javascript:x()) | `<img src=x>` ![none](none.png) ![up](../elsewhere.png) ![](..)"
+    )
+    page = html_page("<b>", words, tmp_path / "within")
     assert "<title>&lt;b&gt;</title>" in page
     assert not re.search(r"<script|<img|href", page)
+    assert "none" in page
+
+
+def test_words_from_elsewhere_stay_one_cell():
+    assert as_text("config: `x` ![a](b) | c\nd") == "`config: 'x' ![a](b) / c d`"
+    assert as_text("") == ""
 
 
 @pytest.mark.parametrize(
@@ -232,4 +249,4 @@ def test_without_benchmarks_there_is_kl_alone(tiny: Path, tmp_path: Path):
     assert summary["kl"]["recovered"] < summary["kl"]["degraded"]
     assert "KL, held-out text" in terminal_table(summary)
     assert "Accuracy" not in (folders["report"] / "report.md").read_text()
-    assert {path.name for path in folders["report"].glob("*.png")} == {"kl.png"}
+    assert {path.name for path in folders["report"].glob("*.png")} == {"damage.png", "kl.png"}

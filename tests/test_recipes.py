@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from launch.cluster import load_cluster
-from launch.recipe import load_recipe
+from launch.recipe import load_recipe, read_yaml
 from recovery.damage_config import GaussianNoise
 from recovery.deepspeed_config import FOLDER, complete, read_deepspeed
 from recovery.errors import UserError, UserErrors
@@ -133,3 +134,20 @@ def test_rooms_know_only_whom_they_may():
                 words = line.split()
                 if len(words) > 1 and words[0] in ("import", "from") and (other := words[1].split(".")[0]) in rooms:
                     assert other in may, f"{path}: {line}"
+
+
+def test_a_yaml_error_leaves_out_passwords(tmp_path: Path):
+    path = tmp_path / "cluster.yaml"
+    path.write_text("servers: {kind: external, urls: [http://me:s3@cret@host:8000}")
+    with pytest.raises(UserError) as caught:
+        read_yaml(path)
+    assert "host:8000" in str(caught.value)
+    assert "cret" not in str(caught.value)
+
+
+def test_many_keys_are_read_in_no_time(tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("".join(f"k{number}: 1\n" for number in range(20_000)))
+    began = time.process_time()
+    assert len(read_yaml(path)) == 20_000
+    assert time.process_time() - began < 30  # comparing all with all took minutes

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from launch.tracking import Sent, start_run, sync, tracked
-from recovery.config import Tracking
+from launch.resolve import Stage
+from launch.tracking import Sent, start_run, start_study, sync, tracked
+from recovery.artifacts import partial_of
+from recovery.config import DegradeJob, ModelInput, Runtime, Tracking
+from recovery.damage_config import GaussianNoise
 from recovery.errors import Unavailable
 from recovery.tracking import Tracker, read_metrics, shown_files
 from tests.pipeline import make_benchmarks, run_in_process, stages_of, tiny_recipe
 
 DEAD = "http://127.0.0.1:9"
+NOISE = GaussianNoise(relative_std=1.0)
 
 
 def test_metrics_and_artifacts_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -96,6 +100,65 @@ def test_what_a_dead_server_missed_is_sent_once(tiny: Path, tmp_path: Path, monk
         assert sorted((one.value, one.timestamp, one.step) for one in history) == sorted(entries), name
     assert sync(recipe, stages, runs) == Sent(0, 0)
     assert client.get_run(target.run_id).info.status == "FINISHED"
+
+
+def test_every_store_keeps_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    recipe, runs = tiny_recipe(tmp_path, tmp_path), tmp_path / "runs"
+    found: dict[str, str] = {}
+    for store in ("a", "b", "a", "b"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / store}.db")
+        target = start_run(recipe, runs)
+        assert target is not None
+        assert found.setdefault(store, target.run_id) == target.run_id
+    assert len(set(found.values())) == 2
+    # Begun without its study's run, whose store was away then; later it has one.
+    client = MlflowClient(f"sqlite:///{tmp_path / 'b'}.db")
+    assert "mlflow.parentRunId" not in client.get_run(found["b"]).data.tags
+    parent = start_study("study", "recover-lora", runs)
+    start_run(recipe, runs, parent)
+    assert client.get_run(found["b"]).data.tags["mlflow.parentRunId"] == parent
+
+    # A fault that passes makes no second run; one that was removed is made again.
+    def away(*_: object) -> None:
+        raise MlflowException("timed out")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "get_run", away)
+        assert start_run(recipe, runs) is None
+    again = start_run(recipe, runs)
+    assert again is not None
+    assert again.run_id == found["b"]
+    client.delete_run(found["b"])
+    anew = start_run(recipe, runs)
+    assert anew is not None
+    assert anew.run_id != found["b"]
+
+
+def test_a_sync_changes_no_state_but_of_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A failed run stays failed, nothing is made of what was never run, and a run made by a sync is not at work."""
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'store.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    recipe, runs = tiny_recipe(tmp_path, tmp_path), tmp_path / "runs"
+    output = runs / "artifacts" / "train-0"
+    job = DegradeJob(runtime=Runtime(output=output), seed=0, reference=ModelInput(path="r", digest="r"), damage=NOISE)
+    stages = [Stage("train", "train", "recovery.train", job, ())]
+    assert sync(recipe, stages, runs) == Sent(0, 0)
+    assert not (runs / recipe.name).exists()
+
+    partial_of(output).mkdir(parents=True)
+    (partial_of(output) / "metrics.jsonl").write_text('{"step": 1, "time": 5.0, "loss/train": 2.0}\n')
+    assert sync(recipe, stages, runs) == Sent(1, 0)
+    [run] = json.loads((runs / recipe.name / "tracking.json").read_text()).values()
+    client = MlflowClient(uri)
+    assert client.get_run(run).info.status == "KILLED"
+    client.set_terminated(run, "FAILED")
+    assert sync(recipe, stages, runs) == Sent(0, 0)
+    assert client.get_run(run).info.status == "FAILED"
 
 
 @pytest.mark.parametrize(("code", "status"), [(0, "FINISHED"), (1, "FAILED"), (130, "KILLED")])

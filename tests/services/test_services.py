@@ -85,8 +85,8 @@ def test_a_run_outlives_its_tracking_server_and_is_sent_later(tiny: Path, tmp_pa
     count = re.search(r"tiny: ([\d,]+) metrics and (\d+) files sent", sent)
     assert count is not None, sent
     assert int(count[1].replace(",", "")) > 0
-    assert int(count[2]) == 6  # the report, its page, three plots, the summary
-    client, identifier = MlflowClient(server.uri), read_json(runs / "tiny" / "tracking.json")["run_id"]
+    assert int(count[2]) == 7  # the report, its page, four plots, the summary
+    client, [identifier] = MlflowClient(server.uri), read_json(runs / "tiny" / "tracking.json").values()
     for name, entries in metrics_of(runs).items():
         history = client.get_metric_history(identifier, name)
         found = [(metric.value, metric.timestamp, metric.step) for metric in history]
@@ -117,7 +117,7 @@ async def look_at_everything(runs: Path, server: MlflowServer, folder: Path) -> 
         document, picture = await browser.see(
             (runs / "ranks.4" / "report" / "report.html").resolve().as_uri(), "</html>"
         )
-        assert document.count("<img") == 3
+        assert document.count("<img") == 4
         assert re.search(r"<strong>(Recovered|Partly recovered|Not recovered)</strong>", document)
         assert looks_like_a_page(picture)
         document, picture = await browser.see((runs / "ranks" / "results.html").resolve().as_uri(), "KL recovery")
@@ -125,7 +125,8 @@ async def look_at_everything(runs: Path, server: MlflowServer, folder: Path) -> 
         assert not browser.complaints
 
         client = MlflowClient(server.uri)
-        parent = client.get_run(read_json(runs / "ranks" / "tracking.json")["run_id"]).info
+        [identifier] = read_json(runs / "ranks" / "tracking.json").values()
+        parent = client.get_run(identifier).info
         children = client.search_runs([parent.experiment_id], f"tags.mlflow.parentRunId = '{parent.run_id}'")
         names = {str(child.info.run_name): child.info.run_id for child in children}
         assert sorted(names) == ["ranks.4", "ranks.8"]

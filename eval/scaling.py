@@ -1,0 +1,226 @@
+"""A study over data, rank or model size: curves, the plane of parameters and data, the fitted law in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from eval.law import QUANTITIES, Law, fit, trend
+from eval.plots import GRID, INK, MUTED, STYLE, new_figure
+from eval.table import percent
+
+TARGETS = (0.9, 0.95, 0.98)
+SIZES = {"7B": 7e9, "13B": 13e9, "70B": 70e9}
+REACH = 10.0
+"""How far beyond the largest corpus the law is drawn, dashed."""
+SEED = "seed"
+
+
+def series_of(rows: Sequence[Mapping[str, Any]], over: Sequence[str]) -> dict[str, list[Mapping[str, Any]]]:
+    """The finished rows by what is not varied. over: the axes along which they scale; seeds are repeats."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        fixed = [label for axis, label in row["labels"].items() if axis not in over and axis != SEED]
+        if row["result"] is not None and row["result"]["kl"] is not None:
+            found.setdefault(" ".join(fixed) or "all", []).append(row)
+    return {name: sorted(members, key=lambda row: row["result"]["tokens"]) for name, members in found.items()}
+
+
+def quantities(row: Mapping[str, Any]) -> dict[str, float]:
+    """What a law is fitted to, of one finished row."""
+    result = row["result"]
+    return {
+        **{name: float(result[name]) for name in QUANTITIES},
+        "left": result["kl"]["recovered"] / result["kl"]["degraded"],
+    }
+
+
+def accuracies(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """AR% of those rows in which it is measurable."""
+    found = [(row["result"]["tokens"], row["result"]["ar_percent"]) for row in rows]
+    return [
+        {"tokens": tokens, "value": result["value"], "low": result["low"], "high": result["high"]}
+        for tokens, result in found
+        if result["measurable"]
+    ]
+
+
+def laws_of(rows: Sequence[Mapping[str, Any]], over: Sequence[str]) -> dict[str, Law]:
+    """By series; those of too few points have none."""
+    fits = {name: fit([quantities(row) for row in members]) for name, members in series_of(rows, over).items()}
+    return {name: law for name, law in fits.items() if law is not None}
+
+
+def plot_scaling(rows: Sequence[Mapping[str, Any]], over: Sequence[str], path: Path) -> None:
+    """Left: the share of the KL left over tokens, measured as points and the law as a line, dashed where it predicts.
+    Right: AR% with 95 % intervals."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11, 4.4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for number, (name, members) in enumerate(series_of(rows, over).items()):
+            color = f"C{number % 10}"
+            tokens = [row["result"]["tokens"] for row in members]
+            shares = [100 * quantities(row)["left"] for row in members]
+            left.plot(tokens, shares, "o", markersize=5, color=color, label=f"{name}, measured")
+            law = fit([quantities(row) for row in members])
+            if law is not None and law.names == ("tokens",):
+                _draw_law(left, law, color)
+            found = accuracies(members)
+            middle = [point["value"] for point in found]
+            spans = [[p["value"] - p["low"] for p in found], [p["high"] - p["value"] for p in found]]
+            right.errorbar(
+                [p["tokens"] for p in found],
+                middle,
+                yerr=spans,
+                fmt="o",
+                color=color,
+                capsize=3,
+                elinewidth=1,
+                label=name,
+            )
+        left.set_yscale("log")
+        left.set_ylabel("KL left, % of the degraded model's")
+        left.set_title("KL over tokens (dashed: predicted)")
+        right.axhline(0, color=INK, linewidth=0.9)
+        right.axhline(100, color=MUTED, linestyle="dashed", linewidth=1)
+        right.set_ylabel("AR%, measurable benchmarks")
+        right.set_title("Accuracy recovered, 95 % intervals")
+        for axes in (left, right):
+            axes.set_xscale("log")
+            axes.set_xlabel("trained tokens, all epochs")
+            axes.grid(color=GRID)
+            axes.set_axisbelow(True)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        figure.savefig(path)
+
+
+def _draw_law(axes: Axes, law: Law, color: str) -> None:
+    """The mean, solid where it was measured, and its 95 % band."""
+    low, high = law.measured["tokens"]
+    for first, last, style in ((low, high, "solid"), (high, REACH * high, "dashed")):
+        at = np.geomspace(first, last, 40)
+        lines = 100 * np.array([law.left({"tokens": float(tokens)}) for tokens in at])
+        axes.plot(at, lines[:, 0], color=color, linestyle=style, linewidth=1.2)
+        axes.fill_between(at, lines[:, 1], lines[:, 2], color=color, alpha=0.12, linewidth=0)
+
+
+def plot_plane(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """What every point spent, parameters over tokens; its color is the KL that came back (the paper's Figure 2)."""
+    done = [row["result"] for row in rows if row["result"] is not None and row["result"]["kl"] is not None]
+    with mpl.rc_context(STYLE):
+        figure, axes = new_figure(7, 4.4)
+        image = axes.scatter(
+            [result["tokens"] for result in done],
+            [result["parameters"] for result in done],
+            c=[100 * (result["kl"]["recovery"] or 0.0) for result in done],
+            cmap="viridis",
+            s=70,
+            edgecolors=INK,
+            linewidths=0.5,
+        )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("trained tokens, all epochs")
+        axes.set_ylabel("trainable parameters")
+        axes.set_title("Parameters and data")
+        axes.grid(color=GRID)
+        figure.colorbar(image, ax=axes, label="KL recovered, %")
+        figure.savefig(path)
+
+
+def scaling_text(rows: Sequence[Mapping[str, Any]], over: Sequence[str]) -> str:
+    """The laws in words, and what they predict."""
+    parts = []
+    for name, members in series_of(rows, over).items():
+        lines = [f"### {name}", ""]
+        law = fit([quantities(row) for row in members])
+        lines += [_no_law(members)] if law is None else _law_lines(law, members)
+        lines += _accuracy_lines(members)
+        parts.append("\n".join(lines))
+    return "\n\n".join(["## Scaling", "![KL and accuracy over tokens](scaling.png)", *parts]) + "\n"
+
+
+def _no_law(members: Sequence[Mapping[str, Any]]) -> str:
+    return (
+        f"No law: {len(members)} finished points; a quantity needs three values, and there is none of that many points."
+    )
+
+
+def _law_lines(law: Law, members: Sequence[Mapping[str, Any]]) -> list[str]:
+    powers = [
+        f"{QUANTITIES[name]}^{law.coefficients[number]:.3f} [{law.low[number]:.3f}, {law.high[number]:.3f}]"
+        for number, name in enumerate(law.names, 1)
+    ]
+    worst = max(abs(np.expm1(residual)) for residual in law.residuals)
+    claim = (
+        f"The share of the KL left goes with {' x '.join(powers)} ({len(law.residuals)} points, 95 % intervals; "
+        f"residuals up to {100 * worst:.0f} %). A power law has no floor, and adapters have one: what is beyond the "
+        "measured range is too good rather than too bad."
+    )
+    lines = [
+        claim,
+        "",
+        "| tokens | KL left, measured | law | residual |",
+        "| ---: | ---: | ---: | ---: |",
+    ]
+    for row, residual in zip(members, law.residuals, strict=False):
+        found = quantities(row)
+        lines.append(
+            f"| {found['tokens']:,.0f} | {percent(found['left'])} | {percent(law.left(found)[0])} "
+            f"| {100 * np.expm1(residual):+.0f} % |"
+        )
+    return [*lines, "", *_budget_lines(law, members)]
+
+
+def _budget_lines(law: Law, members: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Predicted tokens for some targets, at the measured model size, and at larger ones where size was varied."""
+    if "tokens" not in law.names:
+        return []
+    largest = max((quantities(row) for row in members), key=lambda found: found["model_parameters"])
+    sizes = {"as measured": largest["model_parameters"]}
+    sized = "model_parameters" in law.names
+    sizes |= SIZES if sized else {}
+    lines = [
+        "| target | model | tokens, predicted | range | beyond what was measured |",
+        "| ---: | --- | ---: | --- | ---: |",
+    ]
+    for target in TARGETS:
+        for name, size in sizes.items():
+            budget = law.tokens_for(target, {**largest, "model_parameters": size})
+            if budget is None:
+                lines.append(f"| {percent(target, 0)} | {name} | none | tokens do not measurably help | |")
+                continue
+            ends = " to ".join("more" if end is None else f"{end:,.0f}" for end in (budget.low, budget.high))
+            beyond = f"x {budget.beyond:.1f}" if budget.beyond > 1 else "within"
+            lines.append(f"| {percent(target, 0)} | {name} | {budget.tokens:,.0f} | {ends} | {beyond} |")
+    if not sized:
+        lines += ["", "Of other model sizes nothing can be said: fewer than three were measured."]
+    return [*lines, ""]
+
+
+def _accuracy_lines(members: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = accuracies(members)
+    if not found:
+        return ["No benchmark's loss of accuracy is measurable."]
+    lines = []
+    if (line := trend(found)) is not None:
+        lines.append(
+            f"AR% grows by {line.gain:.0f} points [{line.low:.0f}, {line.high:.0f}] with ten times the tokens "
+            f"(weighted least squares over {len(found)} points)."
+        )
+    by_size: dict[float, list[float]] = {}
+    for point in found:
+        by_size.setdefault(round(point["tokens"], -2), []).append(point["low"])
+    sure = [tokens for tokens, lows in sorted(by_size.items()) if min(lows) > 0]
+    lines.append(
+        f"The smallest corpus with every seed's AR% interval above zero: {sure[0]:,.0f} trained tokens."
+        if sure
+        else "At no size is every seed's AR% interval above zero."
+    )
+    return lines
