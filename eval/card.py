@@ -102,8 +102,7 @@ degraded = AutoModelForCausalLM.from_pretrained("path/to/{base}")
 recovered = PeftModel.from_pretrained(degraded, "path/to/this/folder")
 ```
 
-`vllm serve path/to/{base} --enable-lora --lora-modules recovered=path/to/this/folder` serves
-it{_vllm_limits(settings)}.
+{_vllm_use(base, settings)}{_gguf_use(job)}
 
 ## Checked
 
@@ -121,9 +120,20 @@ def _text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else json.dumps(value).strip('"')
 
 
-def _vllm_limits(settings: Mapping[str, Any]) -> str:
-    return (
-        ", but vLLM takes no rank of its own for each module: deliver with --merged there"
-        if settings["placement"] == "auto"
-        else f" (`--max-lora-rank {settings['rank']}` or the next that vLLM has)"
+def _vllm_use(base: str, settings: Mapping[str, Any]) -> str:
+    several = settings["placement"] == "auto"
+    folder = f"path/to/this/folder{'/uniform' if several else ''}"
+    rank = "its `r`" if several else str(settings["rank"])
+    note = (
+        " `uniform/` is the same adapter with one rank everywhere: vLLM takes no rank of each module."
+        if several
+        else ""
     )
+    return (
+        f"`vllm serve path/to/{base} --enable-lora --lora-modules recovered={folder}` serves it "
+        f"(`--max-lora-rank` {rank}, or the next that vLLM has).{note}"
+    )
+
+
+def _gguf_use(job: DeliverJob) -> str:
+    return "\n\n`llama-cli -m path/to/this/folder/gguf/model.gguf` runs the whole recovered model." if job.gguf else ""

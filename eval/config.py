@@ -5,11 +5,12 @@ Nothing here imports torch or lm_eval, so that a typo in a recipe is reported wi
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
-from recovery.config import ArtifactInput, Dtype, Job, LooseInput, ModelInput
+from recovery.config import ArtifactInput, Dtype, Job, LooseInput, ModelInput, Runtime
 from recovery.settings import Config
 
 MMLU = ("mmlu_philosophy", "mmlu_management", "mmlu_astronomy")
@@ -127,9 +128,21 @@ class ReportJob(Job):
     """None when the recipe was given a degraded model."""
 
 
+class DeliverRuntime(Runtime):
+    server: str | None = None
+    """Address of a vLLM server that serves the adapter over the degraded model."""
+    served_name: str = ""
+    """The adapter's model name there."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the server's key."""
+    llama_cpp: Path | None = None
+    """Folder with llama.cpp's convert_hf_to_gguf.py."""
+
+
 class DeliverJob(Job):
     stage: ClassVar[str] = "deliver"
-    schema_version: ClassVar[int] = 1
+    schema_version: ClassVar[int] = 2
+    runtime: DeliverRuntime  # pyright: ignore[reportIncompatibleVariableOverride] - narrower, and frozen
     name: str
     dtype: Dtype
     reference: ModelInput
@@ -141,3 +154,7 @@ class DeliverJob(Job):
     report: ArtifactInput
     merged: bool
     """Whether the whole recovered model is delivered too."""
+    gguf: bool = False
+    """Whether it is delivered as a GGUF file."""
+    served: bool = False
+    """Whether a vLLM server has to answer as was scored, with the adapter over the degraded model."""

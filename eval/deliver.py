@@ -2,9 +2,10 @@
 
     python -m eval.deliver JOB
 
-Writes the PEFT adapter, `README.md` (the model card), `summary.json`, `checks.json` and, where asked for, `merged/`:
-the whole recovered model. A form whose KL is not the scored one, or whose greedy tokens differ by more than rounding,
-fails the stage, and nothing is delivered.
+Writes the PEFT adapter, `README.md` (the model card), `summary.json`, `checks.json`; `uniform/`, the same adapter with
+one rank, where it has several, as vLLM takes it; and, where asked for, `merged/`, the whole recovered model, and
+`gguf/model.gguf`. Where asked for, a vLLM server of the adapter is compared too. A form whose KL is not the scored
+one, or whose greedy tokens differ by more than rounding, fails the stage, and nothing is delivered.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from torch import Tensor
 from eval.card import base_name, model_card
 from eval.config import DeliverJob
 from eval.evaluate import MEASURE_TOKENS
-from recovery.adapters import CONFIG, WEIGHTS, load_adapter
+from eval.gguf import write_gguf
+from eval.served import Server, compare_served
+from recovery.adapters import CONFIG, WEIGHTS, load_adapter, ranks_in, write_uniform
 from recovery.artifacts import Workspace, read_manifest
 from recovery.config import ModelInput
 from recovery.corpus import Tokens, read_split
@@ -34,6 +37,9 @@ from recovery.stage import run_stage
 from recovery.vocabulary import load_vocabulary, used_width
 
 log = logging.getLogger("recover-lora")
+UNIFORM = "uniform"
+GGUF_FILE = "gguf/model.gguf"
+"""In a folder of its own: beside adapter_config.json transformers would take the adapter's base for the model."""
 KL_SHARE = 0.02
 """By how much a form's KL may differ from the scored one, as a share of it..."""
 KL_NATS = 2e-3
@@ -106,11 +112,28 @@ def produce(job: DeliverJob, workspace: Workspace) -> dict[str, Any]:
     recovered = load_adapter(load_model(job.degraded, job.dtype), folder)
     adapted = next_logits(recovered, text, width)
     checks = [check("adapter", recovered, adapted, adapted)]
-    if job.merged:
-        write_merged(job, recovered, folder / "merged")
+    if ranks_in(folder) is not None:
+        write_uniform(folder, folder / UNIFORM)
+        uniform = load_adapter(load_model(job.degraded, job.dtype), folder / UNIFORM)
+        checks.append(check("uniform", uniform, next_logits(uniform, text, width), adapted))
+        del uniform
+    if job.served:
+        checks.append(check_served(job, text, adapted, next_logits(reference, text, width), checks[0].kl, scored))
+    if job.merged or job.gguf:
+        merged = folder / "merged"
+        write_merged(job, recovered, merged)
         del recovered
-        whole = load_model(ModelInput(path=str(folder / "merged"), digest=""), job.dtype)
-        checks.append(check("merged", whole, next_logits(whole, text, width), adapted))
+        if job.merged:
+            whole = load_model(ModelInput(path=str(merged), digest=""), job.dtype)
+            checks.append(check("merged", whole, next_logits(whole, text, width), adapted))
+            del whole
+        if job.gguf:
+            assert job.runtime.llama_cpp is not None
+            write_gguf(merged, folder / GGUF_FILE, job.runtime.llama_cpp, job.dtype)
+            unpacked = load_model(ModelInput(path=str(folder / GGUF_FILE), digest=""), job.dtype)
+            checks.append(check("gguf", unpacked, next_logits(unpacked, text, width), adapted))
+        if not job.merged:
+            shutil.rmtree(merged)
     write_json(folder / "checks.json", [asdict(one) for one in checks])
     for one in checks:
         if not one.holds:
@@ -120,6 +143,27 @@ def produce(job: DeliverJob, workspace: Workspace) -> dict[str, Any]:
             )
     write_atomic(folder / "README.md", model_card(job, summary, read_manifest(job.adapter.path), checks))
     return {"forms": [one.form for one in checks]}
+
+
+def check_served(
+    job: DeliverJob, text: Tokens, adapted: list[Tensor], reference: list[Tensor], kl: float, scored: float
+) -> Check:
+    """The adapter on the job's server. adapted, reference: logits of the first samples. kl: of the adapter under PEFT.
+
+    The server names a few log-probabilities of a place, so its KL is PEFT's and what these differ by.
+    """
+    assert job.runtime.server is not None
+    server = Server(job.runtime.server, job.runtime.served_name, job.runtime.api_key_env)
+    server.check_name()
+    extra, places, different, beyond = 0.0, 0, 0, 0
+    for row, (ours, theirs) in enumerate(zip(adapted, reference, strict=True)):
+        answer = server.largest([int(token) for token in text.row(row)])
+        found = compare_served(answer, ours[: len(answer)], theirs[: len(answer)], ROUNDING[job.dtype])
+        extra += found[0] * found[1]
+        places, different, beyond = places + found[1], different + found[2], beyond + found[3]
+    served = Check("vllm", kl + extra / places, scored, places, different, beyond)
+    log.info("vllm: KL %.4f, scored %.4f; %d of %d greedy tokens differ", served.kl, scored, different, places)
+    return served
 
 
 def write_merged(job: DeliverJob, recovered: Any, folder: Path) -> None:

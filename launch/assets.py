@@ -4,8 +4,9 @@
 
     assets/smollm2-135m-instruct/                 a 135M Llama, unpacked from a 4-bit GGUF to bf16 safetensors
     assets/benchmarks/<path>/<config>/<split>/    nine benchmarks and SciQ as `datasets` folders
+    assets/llama.cpp/                             with --llama-cpp: what writes GGUF files
 
-Each of the two comes out of one pinned wheel, of which only the needed members are unpacked. A folder appears
+Each comes out of one pinned package, of which only the needed members are unpacked. A folder appears
 when it is complete and checked, is recognised from then on, and is not fetched again.
 """
 
@@ -16,6 +17,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from collections.abc import Callable, Mapping
@@ -76,6 +78,8 @@ class Wheel:
     sha256: str
     megabytes: int
     """Size of the download, for the progress line."""
+    source: bool = False
+    """Whether it is the package's source, as a tar file, of which nothing is built."""
 
     @property
     def requirement(self) -> str:
@@ -183,6 +187,22 @@ BENCHMARK_SETS = Asset(
 )
 
 
+_VENDORED = "llama_cpp_python-0.3.36/vendor/llama.cpp"
+LLAMA_CPP = Asset(
+    folder="llama.cpp",
+    wheel=Wheel(
+        name="llama-cpp-python",
+        version="0.3.36",
+        sha256="832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",
+        megabytes=77,
+        source=True,
+    ),
+    members={
+        f"{_VENDORED}/{name}": name for name in ("convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/", "LICENSE")
+    },
+)
+
+
 def say(line: str) -> None:
     print(f"assets: {line}", flush=True)
 
@@ -194,12 +214,13 @@ def download(wheel: Wheel, into: Path) -> Path:
         AssetError: pip failed; the message ends with pip's own last error.
     """
     into.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    kind = f"--no-binary={wheel.name}" if wheel.source else "--only-binary=:all:"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", kind, "--no-input"]
     command += ["--disable-pip-version-check", "--dest", str(into), wheel.requirement]
     # On a terminal pip shows its own bar, with rate and remaining time.
     stdout = None if sys.stdout.isatty() else subprocess.DEVNULL
     result = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
-    wheels = list(into.glob("*.whl"))
+    wheels = list(into.glob("*.tar.gz" if wheel.source else "*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
         errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR:")]
         why = errors[0].removeprefix("ERROR:").strip() if errors else f"pip exited with {result.returncode}"
@@ -228,6 +249,9 @@ def unpack(archive: Path, members: Mapping[str, str], into: Path) -> None:
     Raises:
         AssetError: a member would land outside `into`, or a name in `members` matches nothing.
     """
+    if archive.suffix == ".gz":
+        _unpack_tar(archive, members, into)
+        return
     root = into.resolve()
     unmatched = set(members)
     with zipfile.ZipFile(archive) as bundle:
@@ -245,6 +269,23 @@ def unpack(archive: Path, members: Mapping[str, str], into: Path) -> None:
         if unmatched:
             there = ", ".join(sorted({name.rpartition("/")[0] for name in bundle.namelist()})[:10])
             raise AssetError(f"{archive.name} lacks {', '.join(sorted(unmatched))}; it has: {there}, ...")
+
+
+def _unpack_tar(archive: Path, members: Mapping[str, str], into: Path) -> None:
+    unmatched = set(members)
+    with tarfile.open(archive) as bundle:
+        for info in bundle:
+            chosen = next((name for name in members if _covers(name, info.name)), None)
+            if chosen is None or not info.isfile():
+                continue
+            unmatched.discard(chosen)
+            info.name = members[chosen] + info.name[len(chosen) :]
+            try:
+                bundle.extract(info, into, filter="data")
+            except tarfile.FilterError as error:
+                raise AssetError(f"{archive.name}: a member leads out of the folder; refused ({error})") from error
+    if unmatched:
+        raise AssetError(f"{archive.name} lacks {', '.join(sorted(unmatched))}")
 
 
 def _covers(name: str, member: str) -> bool:
@@ -334,7 +375,9 @@ def run(to: Path, assets: tuple[Asset, ...] = (MODEL, BENCHMARK_SETS)) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.assets", description="Fetch the demo's model, data.")
     parser.add_argument("--to", type=Path, default=Path("assets"), help="default: %(default)s")
-    return run(parser.parse_args(argv).to)
+    parser.add_argument("--llama-cpp", action="store_true", help="instead, llama.cpp's converter to GGUF")
+    given = parser.parse_args(argv)
+    return run(given.to, (LLAMA_CPP,)) if given.llama_cpp else run(given.to)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from launch.execution import Plan
 from launch.pipeline import dry_run, missing_inputs, run_stage_process
 from launch.recipe import Recipe, load_recipe
 from launch.resolve import Stage, build_stages, check_models, generate_job, resolve_names
-from launch.servers import ServerPool
+from launch.servers import ServerPool, Serving
 from launch.slurm import batch_script, script_file, submit
 from launch.track import track_app
 from recovery.errors import EXIT_DONE, EXIT_FAILED, UserError
@@ -244,7 +244,7 @@ def serve_pool(recipe_file: Path, cluster_name: str, overrides: list[str], runs_
     names = resolve_names(recipe, memory)
     memory.save()
     logs = runs_dir / recipe.name / "logs"
-    pool = ServerPool(generate_job(recipe, names, cluster, runs_dir), cluster, logs)
+    pool = ServerPool(Serving.of(generate_job(recipe, names, cluster, runs_dir)), cluster, logs)
     if dry:
         for server in pool.servers:
             where = "" if server.host is None else f"# on {server.host}\n"
@@ -368,7 +368,9 @@ def plan(
     help="A finished run's adapter with a model card, loaded again and compared with what was scored.\n\n"
     "Examples:\n\n"
     "recover-lora deliver launch/recipes/smollm2-135m/demo.yaml\n\n"
-    "recover-lora deliver launch/recipes/smollm2-135m/demo.yaml --merged    # the whole recovered model too"
+    "recover-lora deliver launch/recipes/smollm2-135m/demo.yaml --merged    # the whole recovered model too\n\n"
+    "recover-lora deliver launch/recipes/smollm2-135m/demo.yaml --served --gguf    # asked of vLLM; for llama.cpp\n\n"
+    "HF_TOKEN=... recover-lora deliver my-recipe.yaml --push me/my-model-recovered"
 )
 def deliver(
     recipe: RecipeFile,
@@ -376,10 +378,25 @@ def deliver(
     overrides: Overrides = [],  # noqa: B006 - typer reads it
     runs_dir: RunsDir = Path("runs"),
     merged: Annotated[bool, typer.Option("--merged", help="Also write the recovered model as one checkpoint.")] = False,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="Also write it as a GGUF file, by llama.cpp's converter.")
+    ] = False,
+    served: Annotated[
+        bool, typer.Option("--served", help="Also ask a vLLM server of the adapter over the degraded model.")
+    ] = False,
+    llama_cpp: Annotated[
+        Path, typer.Option("--llama-cpp", metavar="DIR", help="Folder with convert_hf_to_gguf.py (`make llama-cpp`).")
+    ] = Path("assets/llama.cpp"),
+    push: Annotated[
+        str | None,
+        typer.Option("--push", metavar="OWNER/NAME", help="Upload it to this hub repository, with HF_TOKEN's rights."),
+    ] = None,
 ) -> None:
+    from launch.deliver import Forms
     from launch.deliver import deliver as make
 
-    raise typer.Exit(make(load_recipe(recipe, overrides), load_cluster(cluster), runs_dir, merged=merged))
+    forms = Forms(merged, gguf, served, llama_cpp)
+    raise typer.Exit(make(load_recipe(recipe, overrides), load_cluster(cluster), runs_dir, forms, push))
 
 
 def models_of(recipe: Recipe) -> list[str]:

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eval.config import DeliverJob, EvaluateJob
-from launch.cluster import Cluster
+from eval.gguf import CONVERTER
+from launch.cluster import Cluster, LocalServers
 from launch.execution import Plan
 from launch.pipeline import is_finished, link, missing_inputs, run_stage_process
 from launch.recipe import Recipe
 from launch.resolve import Builder, Stage, artifact_of
+from launch.servers import ADAPTER, ServerPool, Serving
+from launch.share import PORTS
 from launch.tracking import register
-from recovery.errors import EXIT_DONE, UserError
+from recovery.errors import EXIT_DONE, Unavailable, UserError
 from recovery.files import HashMemory
 from recovery.placement import skeleton
 from recovery.sources import check_packing
 
+LLAMA_CPP = Path("assets/llama.cpp")
 
-def deliver_stage(plan: Plan, *, merged: bool) -> Stage:
+
+@dataclass(frozen=True)
+class Forms:
+    """What is delivered beside the adapter and its card, and how it is checked."""
+
+    merged: bool = False
+    gguf: bool = False
+    served: bool = False
+    """Whether a vLLM server has to answer as was scored."""
+    llama_cpp: Path = LLAMA_CPP
+    """Folder with llama.cpp's converter."""
+
+
+def deliver_stage(plan: Plan, forms: Forms) -> Stage:
     """Raises UserError where the run is not finished, and for what cannot be delivered that way."""
     stages = {stage.label: stage for stage in plan.stages}
     recovered = stages["evaluate-recovered"].job
@@ -26,12 +46,15 @@ def deliver_stage(plan: Plan, *, merged: bool) -> Stage:
     if recovered.adapter is None or recovered.divergence is None:
         folder = plan.run_folder / "adapter"
         raise UserError("deliver", "train.parameters is all: there is no adapter", f"{folder} is a whole checkpoint")
-    if merged:
+    if forms.merged or forms.gguf:
         bare = skeleton(recovered.model.path, recovered.model.revision)
         if packing := check_packing(recovered.model.path, bare.config):
             found = f"the degraded model is packed ({packing['quant_method']}), merging would unpack it"
-            raise UserError("--merged", found, "leave it out: the adapter works beside the packed base")
-    job = Builder(plan.recipe, plan.runs_dir).job(
+            option = "--merged" if forms.merged else "--gguf"
+            raise UserError(option, found, "leave it out: the adapter works beside the packed base")
+    if forms.gguf and not (forms.llama_cpp / CONVERTER).is_file():
+        raise UserError("--gguf", f"no {CONVERTER} in {forms.llama_cpp}", "`make llama-cpp`, or --llama-cpp FOLDER")
+    job: DeliverJob = Builder(plan.recipe, plan.runs_dir).job(
         DeliverJob,
         "deliver",
         name=plan.recipe.name,
@@ -42,29 +65,105 @@ def deliver_stage(plan: Plan, *, merged: bool) -> Stage:
         corpus=recovered.divergence.corpus,
         scores=artifact_of(recovered),
         report=artifact_of(stages["report"].job),
-        merged=merged,
+        merged=forms.merged,
+        gguf=forms.gguf,
+        served=forms.served,
     )
+    runtime = job.runtime.model_copy(update={"llama_cpp": forms.llama_cpp.resolve()})
+    job = job.model_copy(update={"runtime": runtime})
     stage = Stage("deliver", "deliver", "eval.deliver", job, ("delivery",))
     if absent := missing_inputs(stage, plan.stages):
         raise UserError("deliver", f"needs {', '.join(absent)}, not finished", "`recover-lora run` the recipe first")
     return stage
 
 
-def deliver(recipe: Recipe, cluster: Cluster, runs_dir: Path, *, merged: bool) -> int:
-    """Make the delivery and link it as `delivery` in the run's folder; returns the exit code."""
+def served_by(stage: Stage, plan: Plan) -> tuple[Stage, ServerPool]:
+    """The stage with the address of a server of the adapter over the degraded model, and that server, to be started.
+
+    Raises UserError for a cluster without servers of its own, and for an adapter that vLLM does not take.
+    """
+    from recovery.adapters import write_uniform
+
+    job, settings = stage.job, plan.cluster.servers
+    assert isinstance(job, DeliverJob)
+    if not isinstance(settings, LocalServers) or plan.cluster.hosts:
+        raise UserError("--served", "the cluster has no servers of kind local on this host", "take --cluster local")
+    # One, behind the ports of those that draw samples: they may be at work.
+    own = settings.model_copy(update={"count": 1, "port": settings.port + PORTS - 1})
+    # With one rank everywhere, as the delivery has it.
+    adapter = (plan.run_folder / "serving").resolve()
+    rank = write_uniform(job.adapter.path, adapter)
+    corpus = next(stage.job for stage in plan.stages if stage.label == "generate")
+    longest = int(corpus.model_dump()["generate"]["max_length"]) + 1  # and the one token that has to be asked for
+    serving = Serving(job.degraded, job.dtype, longest, adapter=adapter, rank=rank)
+    pool = ServerPool(serving, plan.cluster.model_copy(update={"servers": own}), plan.run_folder / "logs")
+    known = {"server": own.url(0), "served_name": ADAPTER, "api_key_env": settings.api_key_env}
+    job = job.model_copy(update={"runtime": job.runtime.model_copy(update=known)})
+    return replace(stage, job=job), pool
+
+
+def deliver(recipe: Recipe, cluster: Cluster, runs_dir: Path, forms: Forms, push_to: str | None = None) -> int:
+    """Make the delivery and link it as `delivery` in the run's folder; returns the exit code.
+
+    push_to: a hub repository that gets it in the end.
+    """
+    if push_to is not None:
+        token_of_the_hub()
     memory = HashMemory(runs_dir / ".hashes.json")
     plan = Plan.of(recipe, cluster, runs_dir, memory)
-    stage = deliver_stage(plan, merged=merged)
+    stage = deliver_stage(plan, forms)
     if is_finished(stage, memory):
         print(f"[deliver] reused {stage.job.runtime.output}", file=sys.stderr)
-    elif (code := run_stage_process(stage, plan.run_folder, cluster)) != EXIT_DONE:
-        return code
+    else:
+        stage, pool = served_by(stage, plan) if forms.served else (stage, nullcontext())
+        with pool:
+            code = run_stage_process(stage, plan.run_folder, cluster)
+        if code != EXIT_DONE:
+            return code
     link(stage, plan.run_folder)
     memory.save()
     folder = plan.run_folder / "delivery"
     print(f"adapter  {folder}\ncard     {folder / 'README.md'}")
-    if merged:
-        print(f"merged   {folder / 'merged'}")
+    for name, made in (("merged", forms.merged), ("gguf", forms.gguf)):
+        if made:
+            print(f"{name:<8} {folder / name}")
     if (address := register(recipe, runs_dir, folder)) is not None:
         print(f"MLflow   {address}")
+    if push_to is not None:
+        print(f"hub      {push(folder, push_to)}")
     return EXIT_DONE
+
+
+def token_of_the_hub() -> str:
+    """Raises UserError where the environment has none."""
+    token = os.environ.get("HF_TOKEN")
+    if not token:
+        raise UserError("--push", "HF_TOKEN is not set", "export a token that may write to the repository")
+    return token
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload a delivery to a hub repository, which is made, private, where there is none; returns its address.
+
+    The manifest stays here: it names folders of this machine. Raises Unavailable where the hub does not take it.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api = HfApi(token=token_of_the_hub())
+    try:
+        api.create_repo(repository, private=True, exist_ok=True)
+        # The link's target: the hub's client does not follow one.
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder.resolve(),
+            commit_message="Deliver a recovered adapter",
+            ignore_patterns=["manifest.json"],
+        )
+    except HFValidationError as error:
+        raise UserError(f"--push {repository}", str(error), "write owner/name") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise Unavailable(
+            f"the hub did not take it ({str(error).splitlines()[0]}); nothing here has changed"
+        ) from error
+    return f"{api.endpoint}/{repository}"

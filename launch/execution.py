@@ -18,7 +18,7 @@ from launch.distributed import SSH_OPTIONS
 from launch.pipeline import is_finished, link, missing_inputs, run_stage_process
 from launch.recipe import Recipe
 from launch.resolve import Names, Stage, build_stages, check_models, partition_stage, resolve_names
-from launch.servers import ServerPool
+from launch.servers import ServerPool, Serving
 from recovery.artifacts import PATIENT_VARIABLE, wait_for_builder
 from recovery.config import Job
 from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, Unavailable, UserError
@@ -149,4 +149,4 @@ def servers_for(job: Job, cluster: Cluster, logs: Path) -> AbstractContextManage
         return nullcontext()
     if not isinstance(cluster.servers, LocalServers):
         return nullcontext()
-    return ServerPool(job, cluster, logs)
+    return ServerPool(Serving.of(job), cluster, logs)

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from datagen.config import GenerateJob, GenerateRuntime, LabelledJob, Partition
+from datagen.config import GenerateJob, LabelledJob, Partition
 from eval.config import BenchmarkData, ContextsJob, Divergence, EvaluateJob, ReportJob, Scores
 from eval.tasks import benchmark_data
 from launch.cluster import Cluster, compute_dtype
@@ -24,7 +24,6 @@ from recovery.config import (
     ModelInput,
     OnlineTeacher,
     RepairJob,
-    Runtime,
     SparseLogitsTeacher,
     Tracking,
     TrainJob,
@@ -166,7 +165,7 @@ class Builder:
 
     def job(self, kind: type[Any], label: str, **fields: Any) -> Any:
         """A job with the output folder that its identity names."""
-        runtime: type[Any] = GenerateRuntime if kind is GenerateJob else Runtime
+        runtime: Any = kind.model_fields["runtime"].annotation
         unplaced = kind(runtime=runtime(output=Path("unplaced")), **fields)
         place = runtime(output=self._artifacts / unplaced.artifact_name, log=self._logs / f"{label}.log")
         return unplaced.model_copy(update={"runtime": place})

@@ -26,6 +26,7 @@ from datagen.config import GenerateJob
 from launch.cluster import Cluster, LocalServers, uses_gpu
 from launch.distributed import SSH_OPTIONS, passed_on
 from recovery.artifacts import REPOSITORY
+from recovery.config import Dtype, ModelInput
 from recovery.errors import Unavailable, UserError
 from recovery.progress import progress
 
@@ -74,16 +75,52 @@ def port_of(server: Process) -> int:
     return int(server.url.rpartition(":")[2])
 
 
-class ServerPool:
-    """with ServerPool(job, cluster, logs): ... the servers answer here
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Of vLLM's --max-lora-rank."""
+ADAPTER = "recovered"
+"""An adapter's model name on its servers."""
 
-    job: the generate job whose model and lengths they serve; logs: folder of one log file each. Raises UserError for
-    what the user can mend (no vLLM, a port in use), Unavailable when a server does not come up.
+
+@dataclass(frozen=True)
+class Serving:
+    """What a pool serves."""
+
+    model: ModelInput
+    dtype: Dtype
+    max_length: int
+    max_logprobs: int = 20
+    adapter: Path | None = None
+    """A PEFT adapter over the model, under the name ADAPTER."""
+    rank: int = 0
+    """Of the adapter."""
+
+    @classmethod
+    def of(cls, job: GenerateJob) -> Serving:
+        """What samples are drawn from."""
+        settings = job.generate
+        return cls(job.model, job.dtype, settings.max_length, max(20, settings.capture_logprobs))
+
+    @property
+    def lora_arguments(self) -> list[str]:
+        """Raises UserError for a rank that vLLM does not take."""
+        if self.adapter is None:
+            return []
+        most = next((rank for rank in LORA_RANKS if rank >= self.rank), None)
+        if most is None:
+            raise UserError("--served", f"rank {self.rank}", f"vLLM takes {LORA_RANKS[-1]} at most; deliver --merged")
+        return ["--enable-lora", "--max-lora-rank", str(most), "--lora-modules", f"{ADAPTER}={self.adapter}"]
+
+
+class ServerPool:
+    """with ServerPool(serving, cluster, logs): ... the servers answer here
+
+    logs: folder of one log file each. Raises UserError for what the user can mend (no vLLM, a port in use), Unavailable
+    when a server does not come up.
     """
 
-    def __init__(self, job: GenerateJob, cluster: Cluster, logs: Path) -> None:
+    def __init__(self, serving: Serving, cluster: Cluster, logs: Path) -> None:
         assert isinstance(cluster.servers, LocalServers)
-        self._job, self._cluster, self._settings, self._logs = job, cluster, cluster.servers, logs
+        self._serving, self._cluster, self._settings, self._logs = serving, cluster, cluster.servers, logs
         self._on_gpu = uses_gpu(cluster)
         places = [(host, number) for host in cluster.hosts or (None,) for number in range(self._settings.number)]
         self.servers = [
@@ -98,30 +135,30 @@ class ServerPool:
 
     def command(self) -> list[str]:
         """vLLM's command line, without port."""
-        job, settings = self._job, self._settings
+        serving, settings = self._serving, self._settings
         arguments = {
-            "--model": job.model.path,
-            **({"--revision": job.model.revision} if job.model.revision else {}),
+            "--model": serving.model.path,
+            **({"--revision": serving.model.revision} if serving.model.revision else {}),
             "--host": "127.0.0.1",
-            "--dtype": job.dtype,
-            "--max-model-len": str(job.generate.max_length),
+            "--dtype": serving.dtype,
+            "--max-model-len": str(serving.max_length),
             "--max-num-seqs": str(settings.sequences),
             # Sampling defaults come from the request alone, never from the model's generation_config.json.
             "--generation-config": "vllm",
             "--logits-processors": PROCESSOR,
             "--logprobs-mode": "raw_logprobs",
-            "--max-logprobs": str(max(20, job.generate.capture_logprobs)),
+            "--max-logprobs": str(serving.max_logprobs),
             "--uvicorn-log-level": "warning",
         }
         flags = ["--no-enable-prefix-caching"]  # prompts are one token long
         if not self._on_gpu:
             # Compiling takes longer than it saves. A seeded request whose prompt comes in chunks ends a CPU server
             # (vLLM 0.32: "CPU Generator does not use offset"), so prompts are taken whole.
-            whole = max(job.generate.max_length, CPU_BATCH_TOKENS)
+            whole = max(serving.max_length, CPU_BATCH_TOKENS)
             flags += ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(whole)]
         module = ["-m", "vllm.entrypoints.openai.api_server"]
         given = [part for pair in arguments.items() for part in pair]
-        return [str(self.python), *module, *given, *flags, *settings.arguments]
+        return [str(self.python), *module, *given, *flags, *serving.lora_arguments, *settings.arguments]
 
     @property
     def python(self) -> Path:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from recovery.config import Adapter
 from recovery.errors import UserError
-from recovery.files import read_json, write_atomic
+from recovery.files import read_json, write_atomic, write_json
 from recovery.placement import check_adapter, expert_parameters, patterns_of, short_names
 
 WEIGHTS = "adapter_model.safetensors"
@@ -58,6 +58,40 @@ def add_adapter(model: Any, adapter: Adapter, seed: int, ranks: Mapping[str, int
 def ranks_in(folder: Path) -> dict[str, int] | None:
     """The modules' ranks of a saved adapter that has one for each; None for one rank everywhere."""
     return read_json(folder / CONFIG)["rank_pattern"] or None
+
+
+def write_uniform(folder: Path, into: Path) -> int:
+    """The same adapter with one rank everywhere, as vLLM wants it: A and B padded with zeros to the largest, scales
+    taken into B. Returns that rank.
+
+    Raises UserError for adapters of experts' parameters, whose ranks are one already.
+    """
+    from safetensors.torch import save_file
+
+    config = read_json(folder / CONFIG)
+    if config.get("target_parameters"):
+        raise UserError(str(folder), "it adapts experts' parameters", "deliver --merged: vLLM has no such adapters")
+    weights = load_file(folder / WEIGHTS)
+    ranks = {name: tensor.shape[0] for name, tensor in weights.items() if ".lora_A." in name}
+    rank = max(ranks.values())
+    padded: dict[str, Tensor] = {}
+    for name, own in ranks.items():
+        other = name.replace(".lora_A.", ".lora_B.")
+        module = name.partition(".lora_A.")[0]
+        scale = _pattern_value(config["alpha_pattern"], module, config["lora_alpha"]) / own
+        padded[name] = nn.functional.pad(weights[name], (0, 0, 0, rank - own))
+        padded[other] = nn.functional.pad(weights[other] * scale, (0, rank - own))
+    into.mkdir(parents=True, exist_ok=True)
+    save_file(padded, into / WEIGHTS, metadata={"format": "pt"})
+    uniform = {**config, "r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
+    write_json(into / CONFIG, uniform)
+    return rank
+
+
+def _pattern_value(pattern: Mapping[str, int], module: str, otherwise: int) -> int:
+    """As PEFT reads such a pattern: the entry that the module's name ends with."""
+    found = [value for key, value in pattern.items() if module == key or module.endswith(f".{key}")]
+    return found[0] if found else otherwise
 
 
 def adapter_parameters(model: Any) -> dict[str, nn.Parameter]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +20,17 @@ from transformers import AutoModelForCausalLM
 import eval.deliver
 from eval.card import license_of
 from eval.deliver import Check, compare_greedy
-from launch.deliver import deliver_stage
+from eval.served import compare_served
+from launch.deliver import Forms, deliver_stage, push
 from launch.execution import Plan
 from launch.recipe import Recipe
 from launch.resolve import Stage
 from launch.tracking import register, store_uri
-from recovery.adapters import CONFIG, WEIGHTS
+from recovery.adapters import CONFIG, WEIGHTS, write_uniform
 from recovery.errors import Unavailable, UserError
 from recovery.files import HashMemory, read_json
 from recovery.stage import build
+from tests.fake_hub import FakeHub
 from tests.packed import write_nf4
 from tests.pipeline import LOCAL, make_benchmarks, run_in_process, tiny_recipe
 
@@ -43,7 +49,7 @@ def runs(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stage_of(recipe: Recipe, runs: Path, *, merged: bool) -> Stage:
-    return deliver_stage(Plan.of(recipe, LOCAL, runs, HashMemory(None)), merged=merged)
+    return deliver_stage(Plan.of(recipe, LOCAL, runs, HashMemory(None)), Forms(merged=merged))
 
 
 def deliver(recipe: Recipe, runs: Path, *, merged: bool) -> Path:
@@ -176,3 +182,123 @@ def test_a_delivery_needs_no_tracking_server(recipe: Recipe, runs: Path, monkeyp
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     assert register(recipe, runs, deliver(recipe, runs, merged=False)) is None
+
+
+def test_one_rank_everywhere_says_the_same(tiny: Path, tmp_path: Path):
+    """vLLM takes no rank of each module: padded, scales taken into B, the adapter is the same function."""
+    data = make_benchmarks(tmp_path / "data")
+    adapter = {"placement": "auto", "budget": 3000, "init": "closed_form_sequential"}
+    recipe = tiny_recipe(tiny, data, train={"epochs": 1}, adapter=adapter)
+    run_in_process(recipe, tmp_path / "runs")
+    folder = deliver(recipe, tmp_path / "runs", merged=False)
+    assert len(set(read_json(folder / CONFIG)["rank_pattern"].values())) > 1
+    config = read_json(folder / "uniform" / CONFIG)
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert {t.shape[0] for name, t in load_file(folder / "uniform" / WEIGHTS).items() if "lora_A" in name} == {
+        config["r"]
+    }
+    job: Any = stage_of(recipe, tmp_path / "runs", merged=False).job
+    text = torch.arange(3, 23)[None]
+    found = []
+    for place in (folder, folder / "uniform"):
+        base = AutoModelForCausalLM.from_pretrained(job.degraded.path, dtype=torch.float32)
+        found.append(PeftModel.from_pretrained(base, place)(text).logits)
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
+    checks = [Check(**one) for one in json.loads((folder / "checks.json").read_text())]
+    assert [(one.form, one.holds) for one in checks] == [("adapter", True), ("uniform", True)]
+    assert "path/to/this/folder/uniform" in (folder / "README.md").read_text()
+
+
+def test_scales_of_any_size_go_into_the_weights(tiny: Path, tmp_path: Path):
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    pattern = {"layers.0.self_attn.k_proj": 2}
+    patterns: dict[str, Any] = {"rank_pattern": pattern, "alpha_pattern": {"k_proj": 3}}
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["k_proj", "v_proj"],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+        **patterns,
+    )
+    adapted: Any = get_peft_model(base, config)
+    adapted.save_pretrained(tmp_path / "given")
+    text = torch.arange(3, 23)[None]
+    wanted = adapted(text).logits
+    assert write_uniform(tmp_path / "given", tmp_path / "uniform") == 4
+    again = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    found = PeftModel.from_pretrained(again, tmp_path / "uniform")(text).logits
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_servers_few_log_probabilities_tell_its_kl():
+    draw = torch.Generator().manual_seed(0)
+    reference = 4 * torch.randn(60, 200, generator=draw)
+    adapted = reference + 0.5 * torch.randn(60, 200, generator=draw)
+    served = adapted + 0.1 * torch.randn(60, 200, generator=draw)
+
+    def kl(logits: torch.Tensor) -> float:
+        ours, theirs = torch.log_softmax(logits, -1), torch.log_softmax(reference, -1)
+        return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+
+    def answer(logits: torch.Tensor) -> list[dict[int, float]]:
+        values, tokens = torch.log_softmax(logits, -1).topk(20)
+        return [dict(zip(t.tolist(), v.tolist(), strict=True)) for t, v in zip(tokens, values, strict=True)]
+
+    extra, places, different, beyond = compare_served(answer(served), adapted, reference, 0.5)
+    assert places == 60
+    assert extra == pytest.approx(kl(served) - kl(adapted), abs=2e-3)
+    assert different == int((served.argmax(-1) != adapted.argmax(-1)).sum())
+    assert beyond == 0
+    # Another model than the one that was scored.
+    assert compare_served(answer(4 * torch.randn(60, 200, generator=draw)), adapted, reference, 0.5)[3] > 30
+    same = compare_served(answer(adapted), adapted, reference, 0.0)
+    assert same[0] == pytest.approx(0.0, abs=1e-6)
+    assert same[2:] == (0, 0)
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    with FakeHub() as running:
+        yield running
+
+
+def test_a_push_takes_a_token_and_leaves_the_manifest_here(
+    recipe: Recipe, runs: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+):
+    """A stand-in for the hub, which cannot be reached from here: it takes the client's real requests."""
+    folder = deliver(recipe, runs, merged=False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(UserError, match="HF_TOKEN is not set"):
+        push(folder, "me/recovered")
+    assert pushed(folder, "me/recovered", hub) == f"{hub.url}/me/recovered"
+    assert (hub.made["name"], hub.made["organization"]) == ("recovered", "me")
+    assert hub.made.get("visibility") == "private" or hub.made.get("private") is True
+    assert hub.tokens == {"Bearer hf_secret"}
+    delivered = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert set(hub.files) == set(delivered) - {"manifest.json"}
+    assert all(content == delivered[name] for name, content in hub.files.items())
+    assert pushed(folder, "not a name", hub).startswith("UserError: --push not a name")
+    hub.refuses = True
+    refused = pushed(folder, "me/recovered", hub)
+    assert refused.startswith("Unavailable: the hub did not take it")
+    assert "hf_secret" not in refused
+
+
+def pushed(folder: Path, repository: str, hub: FakeHub) -> str:
+    """What `push` returns, or its error, in a process that is not kept from the hub as these tests are."""
+    script = """
+import sys
+from pathlib import Path
+from launch.deliver import push
+from recovery.errors import Unavailable, UserError
+try:
+    print(push(Path(sys.argv[1]), sys.argv[2]))
+except (Unavailable, UserError) as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secret"}
+    command = [sys.executable, "-c", script, str(folder), repository]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from launch.cluster import Cluster, LocalServers, load_cluster
-from launch.servers import ServerPool, answers
+from launch.servers import ServerPool, Serving, answers
 from recovery.errors import Unavailable, UserError, UserErrors
 from tests.conftest import REPOSITORY
 from tests.processes import children_of, free_ports, group_of, wait_until
@@ -47,7 +47,7 @@ def pool(tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatc
         count = settings.pop("count", 2)
         servers = LocalServers(count=count, python=script, port=free_ports(count), **settings)
         job = make_job(models["qwen2"], tmp_path / "corpus", [])
-        return ServerPool(job, Cluster(name="test", device="cpu", servers=servers), tmp_path / "logs")
+        return ServerPool(Serving.of(job), Cluster(name="test", device="cpu", servers=servers), tmp_path / "logs")
 
     return make
 
@@ -105,7 +105,7 @@ def test_a_port_in_use_and_a_missing_interpreter_are_the_users_mistakes(pool: An
 
 def test_servers_that_run_already_are_used_and_left_alone(pool: Any):
     first = pool(count=1)
-    second = ServerPool(first._job, first._cluster, first._logs)
+    second = ServerPool(first._serving, first._cluster, first._logs)
     with first:
         second.__enter__()
         assert second.servers[0].process is None

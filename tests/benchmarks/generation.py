@@ -27,7 +27,7 @@ from datagen.pieces import Pieces
 from datagen.protocol import Sampling
 from datagen.served import ServedEngine, Vocabulary
 from launch.cluster import Cluster, LocalServers, compute_dtype
-from launch.servers import ServerPool
+from launch.servers import ServerPool, Serving
 from recovery.artifacts import REPOSITORY
 from recovery.config import ModelInput
 from recovery.corpus import Split
@@ -165,7 +165,7 @@ def main() -> None:
     shutil.rmtree(given.folder, ignore_errors=True)
     given.folder.mkdir(parents=True)
     bench = Bench(given.folder, given.samples, given.new_tokens)
-    with ServerPool(bench.job("one_request", 5), bench.cluster, given.folder):
+    with ServerPool(Serving.of(bench.job("one_request", 5)), bench.cluster, given.folder):
         bench.ours("one_request")  # the server compiles at its first requests
         rates = best_of_turns(
             {
