@@ -10,6 +10,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from eval.law import QUANTITIES, Law, fit, trend
 from eval.plots import GRID, INK, MUTED, STYLE, new_figure
@@ -85,6 +86,9 @@ def plot_scaling(rows: Sequence[Mapping[str, Any]], over: Sequence[str], path: P
                 label=name,
             )
         left.set_yscale("log")
+        left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        left.yaxis.set_major_formatter("{x:g}")
+        left.yaxis.set_minor_locator(NullLocator())
         left.set_ylabel("KL left, % of the degraded model's")
         left.set_title("KL over tokens (dashed: predicted)")
         right.axhline(0, color=INK, linewidth=0.9)
@@ -140,7 +144,7 @@ def scaling_text(rows: Sequence[Mapping[str, Any]], over: Sequence[str]) -> str:
     for name, members in series_of(rows, over).items():
         lines = [f"### {name}", ""]
         law = fit([quantities(row) for row in members])
-        lines += [_no_law(members)] if law is None else _law_lines(law, members)
+        lines += [_no_law(members), ""] if law is None else _law_lines(law, members)
         lines += _accuracy_lines(members)
         parts.append("\n".join(lines))
     return "\n\n".join(["## Scaling", "![KL and accuracy over tokens](scaling.png)", *parts]) + "\n"
@@ -196,12 +200,17 @@ def _budget_lines(law: Law, members: Sequence[Mapping[str, Any]]) -> list[str]:
             if budget is None:
                 lines.append(f"| {percent(target, 0)} | {name} | none | tokens do not measurably help | |")
                 continue
-            ends = " to ".join("more" if end is None else f"{end:,.0f}" for end in (budget.low, budget.high))
+            ends = " to ".join("more" if end is None else _rounded(end) for end in (budget.low, budget.high))
             beyond = f"x {budget.beyond:.1f}" if budget.beyond > 1 else "within"
-            lines.append(f"| {percent(target, 0)} | {name} | {budget.tokens:,.0f} | {ends} | {beyond} |")
+            lines.append(f"| {percent(target, 0)} | {name} | {_rounded(budget.tokens)} | {ends} | {beyond} |")
     if not sized:
         lines += ["", "Of other model sizes nothing can be said: fewer than three were measured."]
     return [*lines, ""]
+
+
+def _rounded(tokens: float) -> str:
+    """Three digits: a prediction has no more."""
+    return f"{float(f'{tokens:.3g}'):,.0f}"
 
 
 def _accuracy_lines(members: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -86,7 +86,7 @@ class Plan:
 
         set_up_logging("run", self.run_folder / "logs" / "run.log")
         write_atomic(self.run_folder / RECIPE, self.recipe.to_yaml())
-        with tracked(self.recipe, self.runs_dir, parent) as run:
+        with tracked(self.recipe, self.runs_dir, parent, self.stages, self.cluster) as run:
             stages = [stage.tracked_by(run.tracking) for stage in self.wanted]
             run.code = self._run_stages(stages, memory, max_restarts)
         return run.code

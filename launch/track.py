@@ -72,5 +72,5 @@ def _sync_study(file: Path, cluster: Cluster, runs_dir: Path) -> None:
 def _send(plan: Plan, parent: str | None) -> None:
     from launch.tracking import sync
 
-    sent = sync(plan.recipe, plan.stages, plan.runs_dir, parent)
+    sent = sync(plan.recipe, plan.stages, plan.runs_dir, parent, plan.cluster)
     print(f"{plan.recipe.name}: {sent.metrics:,} metrics and {sent.files} files sent")

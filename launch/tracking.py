@@ -13,16 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from eval.table import verdict
+from launch.cluster import Cluster
 from launch.recipe import CREDENTIALS, Recipe
 from launch.resolve import Stage
-from recovery.artifacts import content_digest, folder_of, is_being_built, read_manifest
-from recovery.config import Tracking
+from recovery.artifacts import MANIFEST, content_digest, folder_of, git_state, is_being_built, read_manifest
+from recovery.config import ModelInput, Tracking
 from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, Unavailable
 from recovery.files import read_json, write_json
 from recovery.tracking import BATCH, METRICS, first_line, mlflow_client, read_metrics, shown_files
 
 log = logging.getLogger("recover-lora")
 PARENT = "mlflow.parentRunId"
+MANIFESTS = "manifests"
+"""Folder of a run's artifacts."""
+MODELS = ("evaluate-reference", "evaluate-degraded")
+"""Stages that name a model by its hash."""
 
 
 def store_uri(runs_dir: Path) -> str:
@@ -168,9 +173,17 @@ class Attempt:
 
 
 @contextlib.contextmanager
-def tracked(recipe: Recipe, runs_dir: Path, parent: str | None = None) -> Iterator[Attempt]:
-    """The run while its stages are at work; at the end MLflow is told how they ended."""
+def tracked(
+    recipe: Recipe,
+    runs_dir: Path,
+    parent: str | None = None,
+    stages: Sequence[Stage] = (),
+    cluster: Cluster | None = None,
+) -> Iterator[Attempt]:
+    """The run while its stages are at work, with this host's system metrics; at the end MLflow is told how they ended
+    and what they were made from. cluster: where they work."""
     attempt = Attempt(start_run(recipe, runs_dir, parent))
+    monitor = _monitor(attempt.tracking, runs_dir) if stages else None
     try:
         yield attempt
     except KeyboardInterrupt:
@@ -179,9 +192,54 @@ def tracked(recipe: Recipe, runs_dir: Path, parent: str | None = None) -> Iterat
     finally:
         if attempt.tracking is not None:
             try:
-                mlflow_client(attempt.tracking.uri).set_terminated(attempt.tracking.run_id, _status(attempt.code))
+                if monitor is not None:
+                    monitor.finish()
+                client = mlflow_client(attempt.tracking.uri)
+                _describe(client, attempt.tracking.run_id, stages, cluster)
+                client.set_terminated(attempt.tracking.run_id, _status(attempt.code))
             except Exception as error:  # noqa: BLE001 - as above
                 _say_silent(error)
+
+
+def _monitor(target: Tracking | None, runs_dir: Path) -> Any:
+    """MLflow's own sampling of processor, memory, disk, network and GPUs, in a thread; None without a store."""
+    if target is None:
+        return None
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
+    monitor = SystemMetricsMonitor(target.run_id, resume_logging=True, tracking_uri=store_uri(runs_dir))
+    monitor.start()
+    return monitor
+
+
+def _describe(client: Any, run: str, stages: Sequence[Stage], cluster: Cluster | None) -> None:
+    """What a run was made from: tags, the corpus as its dataset, the manifests of what is finished. Again, nothing
+    changes."""
+    from mlflow.entities import Dataset, DatasetInput
+
+    tags = {"mlflow.source.git.commit": git_state()["revision"]}
+    if cluster is not None:
+        tags |= {"recover-lora.cluster": cluster.name, "recover-lora.image": cluster.image}
+    known = {file.path for file in client.list_artifacts(run, MANIFESTS)}
+    for stage in stages:
+        if stage.label in MODELS:
+            model = next(given for given in stage.job.inputs().values() if isinstance(given, ModelInput))
+            tags[f"recover-lora.{stage.label.removeprefix('evaluate-')}"] = model.digest
+        folder = stage.job.runtime.output
+        if not folder.exists():
+            continue
+        name = f"{MANIFESTS}/{stage.label}.json"
+        if name not in known:
+            client.log_text(run, (folder / MANIFEST).read_text(), name)
+        if stage.label == "generate":
+            digest = read_manifest(folder)["content"]
+            tags["recover-lora.corpus"] = digest
+            corpus = Dataset("corpus", digest[:36], "local", json.dumps({"uri": str(folder)}))
+            client.log_inputs(run, [DatasetInput(corpus)])
+    for key, value in tags.items():
+        if value is not None:
+            client.set_tag(run, key, value)
 
 
 def register(recipe: Recipe, runs_dir: Path, delivery: Path) -> str | None:
@@ -231,7 +289,13 @@ class Sent:
     files: int
 
 
-def sync(recipe: Recipe, stages: Sequence[Stage], runs_dir: Path, parent: str | None = None) -> Sent:
+def sync(
+    recipe: Recipe,
+    stages: Sequence[Stage],
+    runs_dir: Path,
+    parent: str | None = None,
+    cluster: Cluster | None = None,
+) -> Sent:
     """Send what a tracking server has not got of a run: metrics of all stages, also unfinished ones, and the report.
 
     What it has is asked first, so nothing is sent twice; a run of which nothing is there is not made. parent: as for
@@ -245,6 +309,7 @@ def sync(recipe: Recipe, stages: Sequence[Stage], runs_dir: Path, parent: str | 
         known = _known_run(client, _note(runs_dir, recipe.name), _key(runs_dir, recipe), parent)
         run = known or _new_run(client, recipe, runs_dir, parent)
         metrics = sum(_send_metrics(client, run, path) for path in files)
+        _describe(client, run, stages, cluster)
         report, sent = stages[-1].job.runtime.output, 0
         if report.exists():
             sent = _send_files(client, run, report)

@@ -108,11 +108,14 @@ def test_a_study_goes_on_past_a_failing_point(
     parent = ended.info.run_id
     assert ended.info.status == "FAILED"
     assert {file.path for file in store.list_artifacts(parent)} == {
-        f"results.{e}" for e in ("html", "md", "json", "png")
+        *(f"results.{e}" for e in ("html", "md", "json", "png")),
+        "plane.png",
     }
     assert {run.info.status for run in known.values()} == {"FINISHED"}
     assert set(known) == {"grid.closed.4", "grid.trained.4"}
     assert {run.data.tags["mlflow.parentRunId"] for run in known.values()} == {parent}
+    assert {run.data.tags["recover-lora.cluster"] for run in known.values()} == {"local"}
+    assert any(name.startswith("system/") for run in known.values() for name in run.data.metrics)
 
     stamps = {folder: folder.stat().st_mtime_ns for folder in (runs / "artifacts").glob("[a-z]*")}
     assert invoke(monkeypatch, *command, "--only", "method=closed,trained") == 0

@@ -10,7 +10,7 @@ import pytest
 
 from launch.resolve import Stage
 from launch.tracking import Sent, start_run, start_study, sync, tracked
-from recovery.artifacts import partial_of
+from recovery.artifacts import partial_of, read_manifest
 from recovery.config import DegradeJob, ModelInput, Runtime, Tracking
 from recovery.damage_config import GaussianNoise
 from recovery.errors import Unavailable
@@ -99,7 +99,16 @@ def test_what_a_dead_server_missed_is_sent_once(tiny: Path, tmp_path: Path, monk
         history = client.get_metric_history(target.run_id, name)
         assert sorted((one.value, one.timestamp, one.step) for one in history) == sorted(entries), name
     assert sync(recipe, stages, runs) == Sent(0, 0)
-    assert client.get_run(target.run_id).info.status == "FINISHED"
+    found = client.get_run(target.run_id)
+    assert found.info.status == "FINISHED"
+    # What it was made from.
+    corpus = read_manifest(folders["generate"])["content"]
+    assert found.data.tags["recover-lora.corpus"] == corpus
+    assert {"recover-lora.reference", "recover-lora.degraded", "mlflow.source.git.commit"} <= set(found.data.tags)
+    assert found.inputs is not None
+    assert [given.dataset.digest for given in found.inputs.dataset_inputs] == [corpus[:36]]
+    manifests = {file.path for file in client.list_artifacts(target.run_id, "manifests")}
+    assert manifests == {f"manifests/{stage.label}.json" for stage in stages}
 
 
 def test_every_store_keeps_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
