@@ -107,6 +107,7 @@ def summarize(job: ReportJob, evidence: Evidence) -> dict[str, Any]:
         "tokens_generated": evidence.tokens_generated,
         "trainable_parameters": int(details["trainable_parameters"]),
         "model_parameters": parameters_of(job.reference),
+        "tokens_per_sample": evidence.corpus["train"]["length"]["mean"],
         "seconds": seconds(evidence.manifests),
     }
     for suffix, text in (("", "held_out"), ("_contexts", "contexts")):

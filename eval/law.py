@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from eval.plots import NORMAL_95
 
 QUANTITIES = {"tokens": "tokens", "parameters": "adapter parameters", "model_parameters": "model size"}
-DISTINCT = 3
-"""Values of a quantity below which nothing is said of it."""
+DISTINCT, APART = 3, 1.2
+"""Values of a quantity below which nothing is said of it, and the ratio from which two of them count as two: two seeds'
+corpora differ a little in their tokens."""
 MOST = 1e15
 """Tokens beyond which no budget is named."""
 
@@ -97,7 +98,7 @@ def fit(points: Sequence[Mapping[str, float]]) -> Law | None:
     import statsmodels.api as sm
 
     usable = [point for point in points if point["left"] > 0]
-    names = [name for name in QUANTITIES if len({round(point[name], 6) for point in usable}) >= DISTINCT]
+    names = [name for name in QUANTITIES if _distinct([point[name] for point in usable]) >= DISTINCT]
     if not names or len(usable) < len(names) + 3:
         return None
     design = np.array([[1.0, *(math.log(point[name]) for name in names)] for point in usable])
@@ -120,6 +121,15 @@ def fit(points: Sequence[Mapping[str, float]]) -> Law | None:
     )
 
 
+def _distinct(values: Sequence[float]) -> int:
+    """How many values there are that are APART from the one below."""
+    count, last = 0, 0.0
+    for value in sorted(values):
+        if value > APART * last:
+            count, last = count + 1, value
+    return count
+
+
 @dataclass(frozen=True)
 class Trend:
     """AR% = constant + gain * log10(tokens), weighted by the points' intervals."""
@@ -134,7 +144,7 @@ def trend(points: Sequence[Mapping[str, float]]) -> Trend | None:
     """points: {tokens, value, low, high} of those whose AR% is measurable."""
     import statsmodels.api as sm
 
-    if len({point["tokens"] for point in points}) < DISTINCT or len(points) < DISTINCT + 1:
+    if _distinct([point["tokens"] for point in points]) < DISTINCT or len(points) < DISTINCT + 1:
         return None
     design = np.array([[1.0, math.log10(point["tokens"])] for point in points])
     errors = np.array([(point["high"] - point["low"]) / (2 * NORMAL_95) for point in points])

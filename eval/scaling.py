@@ -58,6 +58,18 @@ def laws_of(rows: Sequence[Mapping[str, Any]], over: Sequence[str]) -> dict[str,
     return {name: law for name, law in fits.items() if law is not None}
 
 
+def laws_file(rows: Sequence[Mapping[str, Any]], over: Sequence[str]) -> dict[str, Any]:
+    """The laws as JSON, each with the mean length of the samples behind it."""
+    members = series_of(rows, over)
+    return {
+        name: {
+            **law.to_json(),
+            "tokens_per_sample": float(np.mean([row["result"]["tokens_per_sample"] for row in members[name]])),
+        }
+        for name, law in laws_of(rows, over).items()
+    }
+
+
 def plot_scaling(rows: Sequence[Mapping[str, Any]], over: Sequence[str], path: Path) -> None:
     """Left: the share of the KL left over tokens, measured as points and the law as a line, dashed where it predicts.
     Right: AR% with 95 % intervals."""
@@ -223,10 +235,16 @@ def _accuracy_lines(members: Sequence[Mapping[str, Any]]) -> list[str]:
             f"AR% grows by {line.gain:.0f} points [{line.low:.0f}, {line.high:.0f}] with ten times the tokens "
             f"(weighted least squares over {len(found)} points)."
         )
-    by_size: dict[float, list[float]] = {}
-    for point in found:
-        by_size.setdefault(round(point["tokens"], -2), []).append(point["low"])
-    sure = [tokens for tokens, lows in sorted(by_size.items()) if min(lows) > 0]
+    by_size: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in members:
+        by_size.setdefault(tuple(label for axis, label in row["labels"].items() if axis != SEED), []).append(
+            row["result"]
+        )
+    sure = sorted(
+        min(result["tokens"] for result in seeds)
+        for seeds in by_size.values()
+        if all(seed["ar_percent"]["measurable"] and seed["ar_percent"]["low"] > 0 for seed in seeds)
+    )
     lines.append(
         f"The smallest corpus with every seed's AR% interval above zero: {sure[0]:,.0f} trained tokens."
         if sure

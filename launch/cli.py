@@ -356,7 +356,7 @@ def plan(
     if law is not None:
         from launch.law import sized_by_law
 
-        given, said = sized_by_law(given, on, law, series, target, nodes)
+        given, said = sized_by_law(given, law, series, target)
         print(f"{said}\n")
     if scaling:
         print(scaling_text(given, on))

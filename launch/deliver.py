@@ -15,11 +15,11 @@ from launch.execution import Plan
 from launch.pipeline import is_finished, link, missing_inputs, run_stage_process
 from launch.recipe import Recipe
 from launch.resolve import Builder, Stage, artifact_of
-from launch.servers import ADAPTER, ServerPool, Serving
+from launch.servers import ServerPool, Serving
 from launch.share import PORTS
 from launch.tracking import register
 from recovery.errors import EXIT_DONE, Unavailable, UserError
-from recovery.files import HashMemory
+from recovery.files import HashMemory, sha256_of
 from recovery.placement import skeleton
 from recovery.sources import check_packing
 
@@ -82,7 +82,7 @@ def served_by(stage: Stage, plan: Plan) -> tuple[Stage, ServerPool]:
 
     Raises UserError for a cluster without servers of its own, and for an adapter that vLLM does not take.
     """
-    from recovery.adapters import write_uniform
+    from recovery.adapters import WEIGHTS, write_uniform
 
     job, settings = stage.job, plan.cluster.servers
     assert isinstance(job, DeliverJob)
@@ -94,10 +94,12 @@ def served_by(stage: Stage, plan: Plan) -> tuple[Stage, ServerPool]:
     adapter = (plan.run_folder / "serving").resolve()
     rank = write_uniform(job.adapter.path, adapter)
     corpus = next(stage.job for stage in plan.stages if stage.label == "generate")
+    # Of its content, so that a server of another adapter is not taken for this one's.
+    name = f"recovered-{sha256_of(adapter / WEIGHTS)[:12]}"
     longest = int(corpus.model_dump()["generate"]["max_length"]) + 1  # and the one token that has to be asked for
-    serving = Serving(job.degraded, job.dtype, longest, adapter=adapter, rank=rank)
+    serving = Serving(job.degraded, job.dtype, longest, adapter=adapter, adapter_name=name, rank=rank)
     pool = ServerPool(serving, plan.cluster.model_copy(update={"servers": own}), plan.run_folder / "logs")
-    known = {"server": own.url(0), "served_name": ADAPTER, "api_key_env": settings.api_key_env}
+    known = {"server": own.url(0), "served_name": name, "api_key_env": settings.api_key_env}
     job = job.model_copy(update={"runtime": job.runtime.model_copy(update=known)})
     return replace(stage, job=job), pool
 
@@ -143,16 +145,19 @@ def token_of_the_hub() -> str:
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload a delivery to a hub repository, which is made, private, where there is none; returns its address.
+    """Upload a delivery to a private hub repository, which is made where there is none; returns its address.
 
-    The manifest stays here: it names folders of this machine. Raises Unavailable where the hub does not take it.
+    The manifest stays here: it names folders of this machine. Raises UserError for a public repository, Unavailable
+    where the hub does not take it.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
     api = HfApi(token=token_of_the_hub())
     try:
         api.create_repo(repository, private=True, exist_ok=True)
+        if not api.repo_info(repository).private:
+            raise UserError(f"--push {repository}", "that repository is public", "make it private, or name another")
         # The link's target: the hub's client does not follow one.
         api.upload_folder(
             repo_id=repository,
@@ -162,8 +167,9 @@ def push(folder: Path, repository: str) -> str:
         )
     except HFValidationError as error:
         raise UserError(f"--push {repository}", str(error), "write owner/name") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise Unavailable(
-            f"the hub did not take it ({str(error).splitlines()[0]}); nothing here has changed"
-        ) from error
+    except UserError:
+        raise
+    except Exception as error:  # the client passes on what its network library raises
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise Unavailable(f"the hub did not take it ({said}); nothing here has changed") from error
     return f"{api.endpoint}/{repository}"

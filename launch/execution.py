@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from launch.pipeline import is_finished, link, missing_inputs, run_stage_process
 from launch.recipe import Recipe
 from launch.resolve import Names, Stage, build_stages, check_models, partition_stage, resolve_names
 from launch.servers import ServerPool, Serving
-from recovery.artifacts import PATIENT_VARIABLE, wait_for_builder
+from recovery.artifacts import turn
 from recovery.config import Job
 from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, Unavailable, UserError
 from recovery.files import HashMemory, write_atomic
@@ -72,14 +72,17 @@ class Plan:
             raise UserError(self.only, f"needs {', '.join(absent)}, not finished", "run these first, or `run`")
         return todo
 
-    def run(self, memory: HashMemory, parent: str | None = None, max_restarts: int = 0) -> int:
+    def run(
+        self, memory: HashMemory, parent: str | None = None, max_restarts: int = 0, *, in_turn: bool = False
+    ) -> int:
         """Do what is to be done; returns the exit code of the first stage that fails.
 
         parent: the MLflow run of the study that this is a point of. max_restarts: how often a stage on several
-        processes is started again after it failed; it goes on from its last checkpoint.
+        processes is started again after it failed; it goes on from its last checkpoint. in_turn: other points are at
+        work, whose stages are waited for where this one needs them too.
         """
         if not self.todo(memory):
-            return self._run_stages(self.wanted, memory, max_restarts)
+            return self._run_stages(self.wanted, memory, max_restarts, in_turn)
         check_models(self.recipe, self.names)
         from launch.tracking import tracked
         from recovery.stage import set_up_logging
@@ -88,26 +91,37 @@ class Plan:
         write_atomic(self.run_folder / RECIPE, self.recipe.to_yaml())
         with tracked(self.recipe, self.runs_dir, parent, self.stages, self.cluster) as run:
             stages = [stage.tracked_by(run.tracking) for stage in self.wanted]
-            run.code = self._run_stages(stages, memory, max_restarts)
+            run.code = self._run_stages(stages, memory, max_restarts, in_turn)
         return run.code
 
-    def _run_stages(self, stages: list[Stage], memory: HashMemory, max_restarts: int) -> int:
+    def _run_stages(self, stages: list[Stage], memory: HashMemory, max_restarts: int, in_turn: bool) -> int:
         cluster = self.cluster
         for stage in stages:
-            if PATIENT_VARIABLE in os.environ:
-                wait_for_builder(stage.job.runtime.output, partial(log.info, "%s is being made elsewhere", stage.label))
-            # Looked at again: a stage before it may just have been made anew, from which this one was not made.
-            if not is_finished(stage, memory):
-                with servers_for(stage.job, cluster, self.run_folder / "logs"):
-                    code, cluster = self._run_stage(stage, cluster, max_restarts if stage.distributed else 0)
-                if code != EXIT_DONE:
-                    # Launchers have codes of their own, and a killed stage's is negative.
-                    return code if code in (EXIT_USER, EXIT_INTERRUPTED) else EXIT_FAILED
-            else:
-                print(f"[{stage.label}] reused {stage.job.runtime.output}", file=sys.stderr)
+            with self._turn(stage) if in_turn else nullcontext():
+                # Looked at again: a stage before it may just have been made anew, from which this one was not made.
+                if not is_finished(stage, memory):
+                    with servers_for(stage.job, cluster, self.run_folder / "logs"):
+                        code, cluster = self._run_stage(stage, cluster, max_restarts if stage.distributed else 0)
+                    if code != EXIT_DONE:
+                        # Launchers have codes of their own, and a killed stage's is negative.
+                        return code if code in (EXIT_USER, EXIT_INTERRUPTED) else EXIT_FAILED
+                else:
+                    print(f"[{stage.label}] reused {stage.job.runtime.output}", file=sys.stderr)
             link(stage, self.run_folder)
         memory.save()
         return EXIT_DONE
+
+    @contextmanager
+    def _turn(self, stage: Stage) -> Iterator[None]:
+        """While no other point makes the same artifact; nor, where several hosts train, works on this host."""
+        artifact = stage.job.runtime.output
+        with ExitStack() as turns:
+            waits = partial(log.info, "%s: another point is making it", stage.label)
+            turns.enter_context(turn(artifact.with_name(f".{artifact.name}.turn"), waits))
+            if self.cluster.hosts and not stage.distributed and not artifact.exists():
+                waits = partial(log.info, "%s: another point is at work on this host", stage.label)
+                turns.enter_context(turn(artifact.with_name(".this-host.turn"), waits))
+            yield
 
     def _run_stage(self, stage: Stage, cluster: Cluster, restarts: int) -> tuple[int, Cluster]:
         """The exit code, and what is left of the cluster."""

@@ -1,45 +1,86 @@
 """Successive halving: points that are behind the others they compete with are stopped early, by Optuna's pruner.
 
 Asynchronous (ASHA, arXiv 1810.05934): a point goes on past first_tokens * factor**k trained tokens when its held-out KL
-is among the best 1/factor of those that have come so far; it waits for nobody.
+is among the best 1/factor of those that have come so far; it waits for nobody. What was seen is kept in its order, so
+that a study that was killed judges as before.
 """
 
 from __future__ import annotations
 
+import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import optuna
 
-from launch.study import Halving
-from recovery.files import read_lines
+from launch.execution import Plan
+from launch.study import Halving, Point
+from recovery.artifacts import folder_of
+from recovery.files import HELD_OUT, read_lines
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 class Race:
-    """The points of one study that compete, by their held-out KL on the way."""
+    """The points that compete, by their held-out KL on the way."""
 
     def __init__(self, settings: Halving) -> None:
         pruner = optuna.pruners.SuccessiveHalvingPruner(settings.first_tokens, settings.factor, 0)
         self._study = optuna.create_study(direction="minimize", pruner=pruner)
-        self._trials: dict[str, tuple[optuna.trial.Trial, int]] = {}
+        self._trials: dict[str, optuna.trial.Trial] = {}
 
-    def observe(self, point: str, held_out: Path) -> str | None:
-        """Take in what a point has written to its held_out.jsonl since the last time. Returns why it is to be stopped,
-        or None where it goes on. Equal files in equal order give equal answers, so a study that was killed asks
-        again."""
-        trial, seen = self._trials.get(point, (None, 0))
-        lines = [line for line in read_lines(held_out) if line["split"] == "held_out" and line["tokens"] > 0]
-        if len(lines) <= seen:
+    def take(self, point: str, tokens: int, kl: float) -> bool:
+        """One measurement of a point; whether it is behind now."""
+        trial = self._trials.get(point) or self._study.ask()
+        self._trials[point] = trial
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a point that went on after a kill reports a step again
+            trial.report(kl, tokens)
+        return trial.should_prune()
+
+
+class Races:
+    """All races of a study; none without halving. log: a JSONL file of what was seen, in its order."""
+
+    def __init__(self, settings: Halving | None, points: Mapping[str, Point], log: Path) -> None:
+        self._settings, self._points, self._log = settings, points, log
+        self._races: dict[tuple[str, ...], Race] = {}
+        self._seen: dict[str, int] = {}
+        """Measurements of each point."""
+        self._behind: dict[str, str] = {}
+        if settings is None:
+            return
+        for line in read_lines(log):
+            if line["point"] in points and line["settings"] == settings.model_dump_json():
+                self._take(line["point"], line["train"], line["tokens"], line["kl"])
+
+    def observe(self, point: str, plan: Plan) -> str | None:
+        """Take in what a point has measured since the last time. Why it is to be stopped, or None."""
+        stage = next((stage for stage in plan.stages if stage.label == "train"), None)
+        if self._settings is None or stage is None:
             return None
-        trial = trial or self._study.ask()
-        why = None
-        for line in lines[seen:]:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a point that went on after a kill reports a step again
-                trial.report(line["kl"], line["tokens"])
-            if why is None and trial.should_prune():
-                why = f"stopped at {line['tokens']:,} tokens: its KL of {line['kl']:.3f} is behind the others'"
-        self._trials[point] = trial, len(lines)
-        return why
+        key = f"{point} {stage.job.artifact_name}"
+        lines = [line for line in read_lines(folder_of(stage.job) / HELD_OUT) if line["split"] == "held_out"]
+        trained = [line for line in lines if line["tokens"] > 0]
+        for line in trained[self._seen.get(key, 0) :]:
+            self._write({"point": point, "train": stage.job.artifact_name, "tokens": line["tokens"], "kl": line["kl"]})
+            self._take(point, stage.job.artifact_name, line["tokens"], line["kl"])
+        return self._behind.get(key)
+
+    def _take(self, point: str, train: str, tokens: int, kl: float) -> None:
+        assert self._settings is not None
+        labels = self._points[point].labels
+        group = tuple(label for axis, label in labels.items() if axis not in self._settings.among)
+        race = self._races.setdefault(group, Race(self._settings))
+        key = f"{point} {train}"  # another recipe under the same name is another point
+        self._seen[key] = self._seen.get(key, 0) + 1
+        if race.take(key, tokens, kl) and key not in self._behind:
+            self._behind[key] = f"stopped at {tokens:,} tokens: its KL of {kl:.3f} is behind the others'"
+
+    def _write(self, line: dict[str, Any]) -> None:
+        assert self._settings is not None
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("a") as file:
+            file.write(json.dumps({**line, "settings": self._settings.model_dump_json()}) + "\n")

@@ -7,39 +7,53 @@ from pathlib import Path
 
 from eval.evidence import parameters_of
 from eval.law import Law
-from launch.cluster import Cluster
-from launch.planner import task_of
 from launch.recipe import Recipe
 from launch.resolve import resolve_names
 from recovery.errors import UserError
 from recovery.files import HashMemory, read_json
+from recovery.placement import check_adapter, matrices, parameter_budget, shape_of, skeleton
 
 
-def read_law(path: Path, series: str | None) -> tuple[str, Law]:
-    """One series of a study's laws.json. Raises UserError where there is none, or several and none is named."""
+def read_law(path: Path, series: str | None) -> tuple[str, Law, float]:
+    """One series of a study's laws.json, with the tokens of a sample behind it.
+
+    Raises UserError where there is none, or several and none is named.
+    """
     content = read_json(path)
     try:
-        laws = {str(name): Law.from_json(law) for name, law in content["series"].items()}
+        laws = {
+            str(name): (Law.from_json(law), float(law["tokens_per_sample"])) for name, law in content["series"].items()
+        }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(str(path), "not the laws of a study", "give <runs-dir>/<study>/laws.json") from error
     if series is None and len(laws) == 1:
-        return next(iter(laws.items()))
+        series = next(iter(laws))
     if series is None or series not in laws:
         names = ", ".join(laws) or "none: too few points"
         raise UserError("--series", series or "not given", f"the study's series are {names}")
-    return series, laws[series]
+    return series, *laws[series]
 
 
-def sized_by_law(
-    recipe: Recipe, cluster: Cluster, path: Path, series: str | None, target: float, nodes: int | None
-) -> tuple[Recipe, str]:
+def adapter_parameters(recipe: Recipe) -> int:
+    """Of the recipe's adapter, from the models' configs alone."""
+    student = resolve_names(recipe, HashMemory(None))
+    given = student.degraded or student.reference
+    model = skeleton(given.path, given.revision)
+    if recipe.adapter.placement == "auto":
+        return parameter_budget(model, recipe.adapter)
+    weights = matrices(model, head=True)
+    sides = [sum(shape_of(weights[name])[-2:]) for name in check_adapter(model, recipe.adapter)]
+    return recipe.adapter.rank * sum(sides)
+
+
+def sized_by_law(recipe: Recipe, path: Path, series: str | None, target: float) -> tuple[Recipe, str]:
     """The recipe with as many samples as reach the target, and how far that is to be trusted.
 
     target: share of the KL to recover. Raises UserError where the law names no budget.
     """
-    name, law = read_law(path, series)
+    name, law, per_sample = read_law(path, series)
     size = float(parameters_of(resolve_names(recipe, HashMemory(None)).reference))
-    at = {"parameters": law.measured["parameters"][1], "model_parameters": size}
+    at = {"parameters": float(adapter_parameters(recipe)), "model_parameters": size}
     budget = law.tokens_for(target, at)
     if budget is None:
         raise UserError(
@@ -47,21 +61,23 @@ def sized_by_law(
             f"series {name} says of no number of tokens that it reaches that",
             "ask for less, or measure more sizes",
         )
-    per_sample = task_of(recipe, cluster, nodes, None).tokens / recipe.generate.samples
+    per_sample = min(per_sample, recipe.generate.max_length)
     samples = math.ceil(budget.tokens / max(recipe.train.epochs, 1) / per_sample)
     ends = " to ".join("more than can be named" if end is None else f"{end:,.0f}" for end in (budget.low, budget.high))
     claim = (
         f"law of {path}, series {name}: {100 * target:g} % of the KL at {budget.tokens:,.0f} trained tokens ({ends}), "
-        f"so generate.samples={samples}; predicted"
+        f"so generate.samples={samples} of {per_sample:,.0f} tokens each, as measured; predicted"
     )
     lines = [claim]
     if budget.beyond > 1:
         lines.append(
             f"NOTE  that is {budget.beyond:.1f} times the most that was measured, and a power law has no floor"
         )
-    low, high = law.measured["model_parameters"]
-    if not low / 1.01 <= size <= high * 1.01:
-        known = "by its law" if "model_parameters" in law.names else "without one: size was not varied"
-        lines.append(f"NOTE  this model has {size:,.0f} parameters, measured were {low:,.0f} to {high:,.0f}; {known}")
+    for quantity, what in (("model_parameters", "model"), ("parameters", "adapter")):
+        low, high = law.measured[quantity]
+        if not low / 1.01 <= at[quantity] <= high * 1.01:
+            known = "by its law" if quantity in law.names else "without one: it was not varied"
+            found = f"{at[quantity]:,.0f} parameters, measured were {low:,.0f} to {high:,.0f}"
+            lines.append(f"NOTE  this {what} has {found}; {known}")
     sized = recipe.generate.model_copy(update={"samples": samples})
     return recipe.model_copy(update={"generate": sized}), "\n".join(lines)

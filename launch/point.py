@@ -17,7 +17,6 @@ from pathlib import Path
 from launch.cluster import load_cluster
 from launch.execution import Plan
 from launch.recipe import load_recipe
-from recovery.artifacts import PATIENT_VARIABLE
 from recovery.errors import UserError
 from recovery.files import HashMemory
 from recovery.stage import exit_code_of
@@ -37,14 +36,14 @@ def main() -> None:
     parser.add_argument("--cores")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    os.environ[PATIENT_VARIABLE] = "1"
     if given.cores is not None:
         os.sched_setaffinity(0, [int(core) for core in given.cores.split(",")])
     code = 0
     try:
         memory = HashMemory(given.runs_dir / ".hashes.json")
         recipe = load_recipe(given.recipe, [])
-        code = Plan.of(recipe, load_cluster(given.cluster), given.runs_dir, memory).run(memory, given.parent)
+        plan = Plan.of(recipe, load_cluster(given.cluster), given.runs_dir, memory)
+        code = plan.run(memory, given.parent, in_turn=True)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every error gets its exit code here
         code = exit_code_of(error)
         if not isinstance(error, KeyboardInterrupt):

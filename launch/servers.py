@@ -77,8 +77,8 @@ def port_of(server: Process) -> int:
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Of vLLM's --max-lora-rank."""
-ADAPTER = "recovered"
-"""An adapter's model name on its servers."""
+SHARED_GPU = ("--gpu-memory-utilization", "0.4")
+"""Of a server beside which its adapter is checked on the same device; the cluster's own arguments go before it."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,9 @@ class Serving:
     max_length: int
     max_logprobs: int = 20
     adapter: Path | None = None
-    """A PEFT adapter over the model, under the name ADAPTER."""
+    """A PEFT adapter over the model."""
+    adapter_name: str = ""
+    """Its model name there."""
     rank: int = 0
     """Of the adapter."""
 
@@ -108,7 +110,7 @@ class Serving:
         most = next((rank for rank in LORA_RANKS if rank >= self.rank), None)
         if most is None:
             raise UserError("--served", f"rank {self.rank}", f"vLLM takes {LORA_RANKS[-1]} at most; deliver --merged")
-        return ["--enable-lora", "--max-lora-rank", str(most), "--lora-modules", f"{ADAPTER}={self.adapter}"]
+        return ["--enable-lora", "--max-lora-rank", str(most), "--lora-modules", f"{self.adapter_name}={self.adapter}"]
 
 
 class ServerPool:
@@ -156,9 +158,10 @@ class ServerPool:
             # (vLLM 0.32: "CPU Generator does not use offset"), so prompts are taken whole.
             whole = max(serving.max_length, CPU_BATCH_TOKENS)
             flags += ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(whole)]
+        shared = SHARED_GPU if self._on_gpu and serving.adapter is not None else ()
         module = ["-m", "vllm.entrypoints.openai.api_server"]
         given = [part for pair in arguments.items() for part in pair]
-        return [str(self.python), *module, *given, *flags, *serving.lora_arguments, *settings.arguments]
+        return [str(self.python), *module, *given, *flags, *serving.lora_arguments, *shared, *settings.arguments]
 
     @property
     def python(self) -> Path:

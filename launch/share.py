@@ -27,16 +27,20 @@ class Share:
 
 
 def shares_of(cluster: Cluster, count: int) -> list[Share]:
-    """The cluster's hosts, or this host's devices, or its cores, in `count` parts. Raises UserError for too many."""
+    """The cluster's hosts, or this host's devices, or its cores, in `count` parts.
+
+    Raises UserError for too many, and for a Slurm cluster whose allocation this process does not run in.
+    """
+    option = f"--parallel {count}"
+    if cluster.slurm is not None and (count > 1 or "SLURMD_NODENAME" not in os.environ):
+        found = f"cluster {cluster.name} is Slurm's, and a study submits no jobs"
+        raise UserError("study", found, "run it in a batch job of yours, slice by slice (--only), one point at a time")
     if count == 1:
         return [Share(cluster, {})]
-    option = f"--parallel {count}"
-    if cluster.slurm is not None:
-        raise UserError(option, "the cluster is a Slurm allocation", "submit slices of the study with --only instead")
     if hosts := cluster.hosts:
         _check(option, count, len(hosts), "hosts")
         return [
-            Share(_apart(cluster, number, nodes=_part(hosts, number, count), hostfile=None), {})
+            Share(_apart(cluster, number, 1, nodes=_part(hosts, number, count), hostfile=None), {})
             for number in range(count)
         ]
     if uses_gpu(cluster):
@@ -45,7 +49,7 @@ def shares_of(cluster: Cluster, count: int) -> list[Share]:
         parts = [_part(devices, number, count) for number in range(count)]
         return [
             Share(
-                _apart(cluster, number, processes=min(cluster.processes, len(part))),
+                _apart(cluster, number, count, processes=min(cluster.processes, len(part))),
                 dict.fromkeys(VISIBLE, ",".join(part)),
             )
             for number, part in enumerate(parts)
@@ -54,7 +58,8 @@ def shares_of(cluster: Cluster, count: int) -> list[Share]:
     _check(option, count, len(cores), "cores")
     processes = max(cluster.processes // count, 1)
     return [
-        Share(_apart(cluster, number, processes=processes), {}, _part(cores, number, count)) for number in range(count)
+        Share(_apart(cluster, number, count, processes=processes), {}, _part(cores, number, count))
+        for number in range(count)
     ]
 
 
@@ -76,9 +81,14 @@ def _devices() -> tuple[str, ...]:
     return tuple(map(str, range(torch.cuda.device_count())))
 
 
-def _apart(cluster: Cluster, number: int, **changes: object) -> Cluster:
-    """A share's cluster with ports of its own."""
+def _apart(cluster: Cluster, number: int, of: int, **changes: object) -> Cluster:
+    """A share's cluster with ports of its own. of: shares of one host, which divide its servers."""
     servers = cluster.servers
     if isinstance(servers, LocalServers):
-        changes["servers"] = servers.model_copy(update={"port": servers.port + PORTS * number})
+        own: dict[str, object] = {"port": servers.port + PORTS * number}
+        if isinstance(servers.count, int):
+            own["count"] = max(servers.count // of, 1)
+        elif of > 1 and not uses_gpu(cluster):
+            own["count"] = 1  # auto would take the whole memory for its own
+        changes["servers"] = servers.model_copy(update=own)
     return cluster.model_copy(update={**changes, "master_port": cluster.master_port + PORTS * number})

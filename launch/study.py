@@ -167,6 +167,11 @@ class State:
     def finished(self) -> bool:
         return self.done == self.stages
 
+    @property
+    def stopped(self) -> bool:
+        """By successive halving."""
+        return self.failure is not None and self.failure.startswith("stopped")
+
     def __str__(self) -> str:
         if self.finished:
             return "done"

@@ -10,7 +10,7 @@ from typing import Any
 
 from eval.matrix import markdown, plot_recoveries, result_of
 from eval.page import html_page
-from eval.scaling import laws_of, plot_plane, plot_scaling, scaling_text
+from eval.scaling import laws_file, plot_plane, plot_scaling, scaling_text
 from launch.execution import RECIPE, Plan
 from launch.study import Point, Study
 from recovery.errors import UserError
@@ -51,8 +51,7 @@ def write_report(
     if study.scaling:
         plot_scaling(rows, study.scaling, folder / "scaling.png")
         parts.append(scaling_text(rows, study.scaling))
-        laws = {name: law.to_json() for name, law in laws_of(rows, study.scaling).items()}
-        write_json(folder / LAWS, {"study": study.name, "series": laws})
+        write_json(folder / LAWS, {"study": study.name, "series": laws_file(rows, study.scaling)})
     text = "\n\n".join([*parts, commands_text(plans)])
     write_atomic(folder / "results.md", text)
     write_atomic(folder / "results.html", html_page(study.name, text, folder))

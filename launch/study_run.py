@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -21,15 +21,17 @@ from tqdm import tqdm
 
 from launch.cluster import Cluster
 from launch.execution import RECIPE, Plan
-from launch.halving import Race
+from launch.halving import Races
 from launch.point import note_of
 from launch.share import Share, shares_of
 from launch.study import FAILURES, STOPPED, Point, Study, plans_of, read_notes, states, status_table
-from recovery.artifacts import REPOSITORY, folder_of
+from recovery.artifacts import REPOSITORY
 from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER
-from recovery.files import HELD_OUT, write_atomic, write_json
+from recovery.files import write_atomic, write_json
 
 log = logging.getLogger("recover-lora")
+HALVING = "halving.jsonl"
+"""In the study's folder: the measurements that points were judged by."""
 POLL_S = 0.3
 POINT = (sys.executable, "-m", "launch.point")
 
@@ -52,14 +54,11 @@ class Outcome:
     """What has become of the points, by name."""
 
     folder: Path
-    failures: dict[str, str] = field(default_factory=dict)
-    stopped: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, folder: Path) -> Outcome:
-        return cls(folder, read_notes(folder / FAILURES), read_notes(folder / STOPPED))
+    failures: dict[str, str]
+    stopped: dict[str, str]
 
     def write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / FAILURES, self.failures)
         write_json(self.folder / STOPPED, self.stopped)
 
@@ -67,26 +66,6 @@ class Outcome:
     def notes(self) -> dict[str, str]:
         """Instead of a result."""
         return {**self.failures, **self.stopped}
-
-
-class Races:
-    """Successive halving among the points that compete; nothing without it."""
-
-    def __init__(self, study: Study) -> None:
-        self._halving = study.halving
-        self._races: dict[tuple[str, ...], Race] = {}
-
-    def observe(self, point: Point, plan: Plan) -> str | None:
-        """Why this point is to be stopped, or None."""
-        if self._halving is None:
-            return None
-        stage = next((stage for stage in plan.stages if stage.label == "train"), None)
-        if stage is None:
-            return None
-        group = tuple(label for axis, label in point.labels.items() if axis not in self._halving.among)
-        if group not in self._races:
-            self._races[group] = Race(self._halving)
-        return self._races[group].observe(point.name, folder_of(stage.job) / HELD_OUT)
 
 
 def run_study(
@@ -113,9 +92,11 @@ def run_study(
     shares = shares_of(cluster, parallel)
     set_up_logging("study", folder / "study.log")
     plans = plans_of(points, cluster, runs_dir)
-    outcome, races = Outcome.read(folder), Races(study)
-    for point in points:  # what was seen before a kill
-        races.observe(point, plans[point.name])
+    races = Races(study.halving, {point.name: point for point in points}, folder / HALVING)
+    stopped = {name: why for name, plan in plans.items() if (why := races.observe(name, plan)) is not None}
+    done = {name for name, plan in plans.items() if plan.stages[-1].job.runtime.output.exists()}
+    outcome = Outcome(folder, read_notes(folder / FAILURES), {n: why for n, why in stopped.items() if n not in done})
+    outcome.write()
     parent = start_study(study.name, points[0].recipe.tracking.experiment, runs_dir)
     code = status = EXIT_FAILED
     try:
@@ -241,7 +222,7 @@ def _ends(
                 start(point, plans[point.name])
             for running in list(start.running):
                 name, code = running.point.name, running.process.poll()
-                why = races.observe(running.point, plans[name])
+                why = races.observe(name, plans[name])
                 if code is None:
                     if why is not None and running.stopped is None:
                         running.stopped = why

@@ -65,7 +65,7 @@ def _sync_study(file: Path, cluster: Cluster, runs_dir: Path) -> None:
     for plan in plans.values():
         if plan.run_folder.exists():
             _send(plan, parent)
-    whole = all(state.finished for state in states(plans, folder).values())
+    whole = all(state.finished or state.stopped for state in states(plans, folder).values())
     sync_study(parent, runs_dir, folder, whole=whole)
 
 

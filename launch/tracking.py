@@ -16,7 +16,7 @@ from eval.table import verdict
 from launch.cluster import Cluster
 from launch.recipe import CREDENTIALS, Recipe
 from launch.resolve import Stage
-from recovery.artifacts import MANIFEST, content_digest, folder_of, git_state, is_being_built, read_manifest
+from recovery.artifacts import MANIFEST, content_digest, folder_of, is_being_built, read_manifest
 from recovery.config import ModelInput, Tracking
 from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, Unavailable
 from recovery.files import read_json, write_json
@@ -195,8 +195,8 @@ def tracked(
                 if monitor is not None:
                     monitor.finish()
                 client = mlflow_client(attempt.tracking.uri)
-                _describe(client, attempt.tracking.run_id, stages, cluster)
                 client.set_terminated(attempt.tracking.run_id, _status(attempt.code))
+                _describe(client, attempt.tracking.run_id, stages, cluster)
             except Exception as error:  # noqa: BLE001 - as above
                 _say_silent(error)
 
@@ -218,7 +218,7 @@ def _describe(client: Any, run: str, stages: Sequence[Stage], cluster: Cluster |
     changes."""
     from mlflow.entities import Dataset, DatasetInput
 
-    tags = {"mlflow.source.git.commit": git_state()["revision"]}
+    tags: dict[str, Any] = {}
     if cluster is not None:
         tags |= {"recover-lora.cluster": cluster.name, "recover-lora.image": cluster.image}
     known = {file.path for file in client.list_artifacts(run, MANIFESTS)}
@@ -229,11 +229,13 @@ def _describe(client: Any, run: str, stages: Sequence[Stage], cluster: Cluster |
         folder = stage.job.runtime.output
         if not folder.exists():
             continue
+        manifest = read_manifest(folder)
+        tags["mlflow.source.git.commit"] = manifest["git"]["revision"]  # of the last one in the end
         name = f"{MANIFESTS}/{stage.label}.json"
         if name not in known:
             client.log_text(run, (folder / MANIFEST).read_text(), name)
         if stage.label == "generate":
-            digest = read_manifest(folder)["content"]
+            digest = manifest["content"]
             tags["recover-lora.corpus"] = digest
             corpus = Dataset("corpus", digest[:36], "local", json.dumps({"uri": str(folder)}))
             client.log_inputs(run, [DatasetInput(corpus)])

@@ -6,17 +6,17 @@ they stopped, and which is renamed to `<stage>-<hash>/` when everything in it ha
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import fcntl
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -31,8 +31,6 @@ from recovery.settings import Config
 MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = 1
 LOCK_SECONDS = 5.0
-PATIENT_VARIABLE = "RECOVER_LORA_PATIENT"
-"""Environment variable: an artifact that another process builds is waited for as long as that takes."""
 PACKAGES = (
     "torch",
     "transformers",
@@ -160,7 +158,7 @@ def verify(folder: Path, memory: HashMemory | None = None) -> dict[str, Any]:
 
 def _lock_soon(file: IO[str], artifact: Path) -> None:
     """Lock within seconds: a stage whose launcher was just killed needs a moment to notice and end."""
-    deadline = time.monotonic() + (float("inf") if PATIENT_VARIABLE in os.environ else LOCK_SECONDS)
+    deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -186,16 +184,20 @@ def is_being_built(final: Path) -> bool:
     return False
 
 
-def wait_for_builder(final: Path, on_wait: Callable[[], object]) -> None:
-    """Return once no process builds this artifact. on_wait: called where there is one to wait for."""
-    if not _lock_of(final).exists():
-        return
-    with _lock_of(final).open("a") as file:
+@contextlib.contextmanager
+def turn(path: Path, on_wait: Callable[[], object]) -> Iterator[None]:
+    """Wait until no other process has its turn at this path, and keep it to the end of the block or process.
+
+    on_wait: called where there is one to wait for.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             on_wait()
             fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def partial_of(final: Path) -> Path:

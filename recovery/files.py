@@ -39,7 +39,7 @@ def write_atomic(path: Path, data: bytes | memoryview | str, *, private: bool = 
     private: only the user may read it.
     """
     payload = data.encode() if isinstance(data, str) else data
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
     try:
         if private:
             temporary.unlink(missing_ok=True)  # one with other rights would keep them

@@ -18,11 +18,12 @@ class FakeHub:
         self.files: dict[str, bytes] = {}
         self.tokens: set[str] = set()
         self.refuses = False
+        self.private = True
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.answer(200, {"siblings": [], "sha": "0" * 40, "id": "me/recovered"})
+                self.answer(200, {"siblings": [], "sha": "0" * 40, "id": "me/recovered", "private": hub.private})
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))

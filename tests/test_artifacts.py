@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from recovery.artifacts import Workspace, verify, wait_for_builder
+from recovery.artifacts import Workspace, turn, verify
 from recovery.config import ArtifactInput, DegradeJob, ModelInput, Runtime
 from recovery.damage_config import GaussianNoise
 from recovery.errors import DamagedArtifact, UserError
@@ -104,26 +104,25 @@ def test_a_file_that_the_manifest_does_not_name_is_refused(tmp_path: Path):
         verify(folder)
 
 
-def test_a_patient_process_waits_and_finds_it_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("recovery.artifacts.LOCK_SECONDS", 0.1)
-    monkeypatch.setenv("RECOVER_LORA_PATIENT", "1")
-    job, begun = job_in(tmp_path), threading.Event()
-    waited: list[int] = []
+def test_a_turn_is_waited_for(tmp_path: Path):
+    begun, waited, order = threading.Event(), list[int](), list[str]()
 
-    def slow(job: DegradeJob, workspace: Workspace) -> dict[str, Any]:
-        begun.set()
-        time.sleep(0.6)
-        return writing("slow")(job, workspace)
+    def first() -> None:
+        with turn(tmp_path / "artifacts" / ".x.turn", lambda: waited.append(1)):
+            begun.set()
+            time.sleep(0.4)
+            order.append("first")
+
+    def second() -> None:
+        with turn(tmp_path / "artifacts" / ".x.turn", lambda: waited.append(2)):
+            order.append("second")
 
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(build, job, slow, resumable=False)
+        one = pool.submit(first)
         assert begun.wait(5)
-        second = pool.submit(build, job, never, resumable=False)
-        wait_for_builder(job.runtime.output, lambda: waited.append(1))
-        assert job.runtime.output.exists()
-        assert first.result() == second.result()
-    assert waited == [1]
-    assert not list(tmp_path.glob(".*.partial"))
+        pool.submit(second).result()
+        one.result()
+    assert (order, waited) == (["first", "second"], [2])
 
 
 def test_an_artifact_of_an_input_that_has_changed_is_refused(tmp_path: Path):

@@ -281,7 +281,9 @@ def test_a_push_takes_a_token_and_leaves_the_manifest_here(
     assert set(hub.files) == set(delivered) - {"manifest.json"}
     assert all(content == delivered[name] for name, content in hub.files.items())
     assert pushed(folder, "not a name", hub).startswith("UserError: --push not a name")
-    hub.refuses = True
+    hub.private = False
+    assert "that repository is public" in pushed(folder, "me/recovered", hub)
+    hub.private, hub.refuses = True, True
     refused = pushed(folder, "me/recovered", hub)
     assert refused.startswith("Unavailable: the hub did not take it")
     assert "hf_secret" not in refused

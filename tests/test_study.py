@@ -14,10 +14,11 @@ import pytest
 import yaml
 
 import launch.study_run
-from launch.cluster import Cluster, LocalServers, Slurm
-from launch.halving import Race
+from launch.cluster import Cluster, LocalServers, Slurm, load_cluster
+from launch.halving import Race, Races
 from launch.share import shares_of
-from launch.study import Halving, Study, chosen, load_study
+from launch.study import Halving, Study, chosen, load_study, plans_of
+from recovery.artifacts import folder_of
 from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from tests.conftest import REPOSITORY
 from tests.pipeline import make_benchmarks, tiny_recipe
@@ -171,23 +172,21 @@ def test_points_run_at_the_same_time_and_stop_together(tmp_path: Path, tiny: Pat
     assert not (tmp_path / "runs" / "grid" / "failures.json").read_text().strip("{}\n")
 
 
-def test_two_points_at_a_time_make_the_same_results(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_two_points_need_at_the_same_time_is_made_once(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+):
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one core")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    path, results = write_study(tmp_path, tiny, {"adapter.rank": [2, 4]}), {}
-    for number in ("1", "2"):
-        runs = tmp_path / f"runs-{number}"
-        assert invoke(monkeypatch, "study", str(path), "--runs-dir", str(runs), "--parallel", number) == 0
-        points = json.loads((runs / "grid" / "results.json").read_text())["points"]
-        results[number] = [(point["labels"], point["result"]["kl"]) for point in points]
-        # What they share was made once, though both wanted it at the same time.
-        made = [folder.name.partition("-")[0] for folder in (runs / "artifacts").glob("[a-z]*")]
-        assert sorted(made) == sorted(
-            ["degrade", "generate", "contexts", *["train"] * 2, *["evaluate"] * 4, *["report"] * 2]
-        )
-        assert not list((runs / "artifacts").glob(".*.partial"))
-    assert results["1"] == results["2"]
+    path, runs = write_study(tmp_path, tiny, {"adapter.rank": [2, 4]}), tmp_path / "runs"
+    assert invoke(monkeypatch, "study", str(path), "--runs-dir", str(runs), "--parallel", "2") == 0
+    points = json.loads((runs / "grid" / "results.json").read_text())["points"]
+    assert all(point["result"]["kl"]["recovery"] is not None for point in points)
+    made = sorted(folder.name.partition("-")[0] for folder in (runs / "artifacts").glob("[a-z]*"))
+    assert made == sorted(["degrade", "generate", "contexts", *["train"] * 2, *["evaluate"] * 4, *["report"] * 2])
+    assert not list((runs / "artifacts").glob(".*.partial"))
+    waited = [log for log in runs.glob("grid.*/logs/run.log") if "another point is making it" in log.read_text()]
+    assert waited
 
 
 def test_shares_of_a_cluster_do_not_meet():
@@ -203,29 +202,57 @@ def test_shares_of_a_cluster_do_not_meet():
     assert [core for share in parts for core in share.cores or ()] == cores
     with pytest.raises(UserError, match="5 hosts"):
         shares_of(cluster, 6)
-    with pytest.raises(UserError, match="--only"):
-        shares_of(Cluster(name="c", slurm=Slurm(nodes=4)), 2)
+    pool = Cluster(name="c", device="cpu", servers=LocalServers(count=8, port=9000))
+    assert [getattr(share.cluster.servers, "count", None) for share in shares_of(pool, 2)] == [4, 4]
+    for count in (1, 2):
+        with pytest.raises(UserError, match="--only"):
+            shares_of(Cluster(name="c", slurm=Slurm(nodes=4)), count)
 
 
-def held_out(folder: Path, kls: list[float]) -> Path:
-    path = folder / f"{len(list(folder.iterdir()))}.jsonl"
-    lines = [{"split": "held_out", "tokens": 100 * number, "kl": kl} for number, kl in enumerate([9.0, *kls])]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"split": "held')
-    return path
-
-
-def test_points_behind_the_others_are_stopped(tmp_path: Path):
+def test_points_behind_the_others_are_stopped():
     race = Race(Halving(among=("x",), first_tokens=200, factor=2))
-    assert race.observe("absent", tmp_path / "none") is None
-    good, poor = held_out(tmp_path, [4.0, 1.0, 0.5, 0.3]), held_out(tmp_path, [3.0, 2.0, 2.0])
-    assert race.observe("good", good) is None
-    assert race.observe("good", good) is None
-    assert race.observe("poor", poor) == "stopped at 200 tokens: its KL of 2.000 is behind the others'"
-    assert race.observe("better", held_out(tmp_path, [4.0, 0.9, 0.4, 0.2])) is None
+
+    def run(point: str, kls: list[float]) -> list[int]:
+        """The tokens at which it is behind."""
+        return [100 * n for n, kl in enumerate(kls, 1) if race.take(point, 100 * n, kl)]
+
+    assert run("good", [4.0, 1.0, 0.5, 0.3]) == []
+    assert run("poor", [3.0, 2.0, 2.0])[0] == 200
+    assert run("better", [4.0, 0.9, 0.4, 0.2]) == []
     # Ahead at first, behind when it is looked at again after twice the tokens.
-    why = race.observe("slower", held_out(tmp_path, [4.0, 0.8, 0.7, 0.6]))
-    assert why is not None
-    assert why.startswith("stopped at 400 tokens")
+    assert run("slower", [4.0, 0.8, 0.7, 0.6])[0] == 400
+
+
+def test_judgement_does_not_change_after_a_kill(tmp_path: Path, tiny: Path):
+    """Two points that measured in turns: what was seen is judged again in the order in which it was seen."""
+    _, points = load_study(write_study(tmp_path, tiny, {"adapter.rank": [2, 4]}))
+    plans = plans_of(points, load_cluster("local"), tmp_path / "runs")
+    settings, by_name = Halving(among=("adapter.rank",), first_tokens=100, factor=2), {p.name: p for p in points}
+    log = tmp_path / "halving.jsonl"
+
+    def measure(name: str, kls: list[float]) -> None:
+        stage = next(stage for stage in plans[name].stages if stage.label == "train")
+        folder_of(stage.job).mkdir(parents=True, exist_ok=True)
+        lines = [{"split": "held_out", "tokens": 100 * n, "kl": kl} for n, kl in enumerate([9.0, *kls])]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder_of(stage.job) / "held_out.jsonl").write_text(text + '{"split": "held')  # being written
+
+    races = Races(settings, by_name, log)
+    verdicts = []
+    for name, kls in (("2", [2.0]), ("4", [1.0]), ("2", [2.0, 1.5]), ("4", [1.0, 0.9])):
+        measure(name, kls)
+        verdicts.append(races.observe(name, plans[name]))
+    again = Races(settings, by_name, log)
+    assert [again.observe(name, plans[name]) for name in ("2", "4")] == [
+        races.observe(name, plans[name]) for name in "24"
+    ]
+    assert len(log.read_text().splitlines()) == 4
+    # The second one only is behind at 200 tokens, whichever is asked first afterwards.
+    measure("2", [2.0, 1.5, 1.4, 1.3])
+    assert Races(settings, by_name, log).observe("2", plans["2"]) == races.observe("2", plans["2"])
+    assert Races(None, by_name, log).observe("2", plans["2"]) is None
+    other = settings.model_copy(update={"first_tokens": 1000})
+    assert Races(other, by_name, tmp_path / "other.jsonl").observe("2", plans["2"]) is None
 
 
 def test_a_study_halves(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
@@ -233,7 +260,7 @@ def test_a_study_halves(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     path = write_study(tmp_path, tiny, {"train.learning_rate": [1e-2, 1e-9]})
     study = yaml.safe_load(path.read_text())
-    changes = {"train.epochs": 200, "train.evaluate_every": 2, "train.checkpoint_every": 2}
+    changes = {"train.epochs": 60, "train.evaluate_every": 2, "train.checkpoint_every": 2}
     halving = {"among": ["train.learning_rate"], "first_tokens": 500, "factor": 2}
     path.write_text(yaml.safe_dump({**study, "changes": changes, "halving": halving}, sort_keys=False))
     command = ("study", str(path), "--runs-dir", str(tmp_path / "runs"))
