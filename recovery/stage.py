@@ -37,6 +37,14 @@ class _TqdmHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+class _FileHandler(logging.FileHandler):
+    """A log file that nobody hears of when its disk is full: what is at work says so in one line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def set_up_logging(stage: str, path: Path | None = None) -> None:
     log.handlers.clear()
     log.setLevel(logging.DEBUG)
@@ -46,7 +54,7 @@ def set_up_logging(stage: str, path: Path | None = None) -> None:
     log.addHandler(screen)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(path)
+        file = _FileHandler(path)
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(file)
 
