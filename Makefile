@@ -98,7 +98,7 @@ test: install assets lint ## lint, types and all tests, the real model included
 	@# One thread each, or they would wait for one another. The real model's tests go first: they take longest.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-test-vllm: install install-vllm assets ## the server pool and the logits processor on a real vLLM: 10 minutes
+test-vllm: install install-vllm assets ## server pool, logits processor and a delivered adapter on a real vLLM: 12 minutes
 	@$(BIN)/python -m pytest -m vllm
 
 test-multinode: install install-vllm assets ## training on two hosts of this machine: namespaces, real sshd and pdsh; wants root: 20 minutes
