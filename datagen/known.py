@@ -9,11 +9,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from datagen.config import GenerateJob
 from recovery.artifacts import MANIFEST, verify
-from recovery.errors import DamagedArtifact, UserError
+from recovery.errors import UserError
 from recovery.files import read_json
 
 log = logging.getLogger("recover-lora")
@@ -37,6 +35,6 @@ def known_corpora(job: GenerateJob) -> list[Path]:
             if folder != job.runtime.output and _identity(other) == _identity(job):
                 verify(folder)
                 found.append(folder)
-        except (OSError, DamagedArtifact, UserError, ValidationError, ValueError, LookupError, TypeError) as error:
+        except (OSError, UserError, ValueError, LookupError, TypeError) as error:
             log.warning("%s is not taken from: %s", folder.name, str(error).splitlines()[0])
     return found

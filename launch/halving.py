@@ -18,7 +18,7 @@ import optuna
 from launch.execution import Plan
 from launch.study import Halving, Point
 from recovery.artifacts import folder_of
-from recovery.files import HELD_OUT, read_lines
+from recovery.files import held_out_lines, read_lines
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -62,8 +62,7 @@ class Races:
         if self._settings is None or stage is None:
             return None
         key = f"{point} {stage.job.artifact_name}"
-        lines = [line for line in read_lines(folder_of(stage.job) / HELD_OUT) if line["split"] == "held_out"]
-        trained = [line for line in lines if line["tokens"] > 0]
+        trained = [line for line in held_out_lines(folder_of(stage.job)) if line["tokens"] > 0]
         for line in trained[self._seen.get(key, 0) :]:
             self._write({"point": point, "train": stage.job.artifact_name, "tokens": line["tokens"], "kl": line["kl"]})
             self._take(point, stage.job.artifact_name, line["tokens"], line["kl"])

@@ -22,10 +22,11 @@ SMALL = 0.1
 
 def explain(recipe: Recipe, cluster: Cluster, runs_dir: Path, folder: Path | None) -> str:
     """What is left of the damage and why; returns what to print. folder: write limits.json there."""
+    from recovery.files import held_out_lines
     from recovery.limits import limits_of
     from recovery.models import load_model
     from recovery.texts import read_texts
-    from recovery.watch import advice, held_out_lines
+    from recovery.watch import advice
 
     names = resolve_names(recipe, HashMemory(runs_dir / ".hashes.json"))
     check_models(recipe, names)

@@ -28,7 +28,7 @@ from launch.pipeline import job_file_of
 from launch.recipe import Recipe, check_config, load_config, read_yaml, set_field
 from recovery.artifacts import folder_of
 from recovery.errors import UserError, UserErrors
-from recovery.files import HELD_OUT, HashMemory, read_json, read_lines
+from recovery.files import HashMemory, held_out_lines, read_json
 from recovery.settings import Config
 
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -199,7 +199,7 @@ def _state(plan: Plan, ended: str | None) -> State:
     at = None
     if begun is not None:
         at = begun.label
-        measured = [line for line in read_lines(folder_of(begun.job) / HELD_OUT) if line["split"] == "held_out"]
+        measured = held_out_lines(folder_of(begun.job))
         if measured:
             at += f" at {measured[-1]['tokens']:,} tokens, held-out KL {measured[-1]['kl']:.3f}"
     return State(len(plan.stages) - len(left), len(plan.stages), ended, at)
@@ -207,6 +207,11 @@ def _state(plan: Plan, ended: str | None) -> State:
 
 def read_notes(path: Path) -> dict[str, str]:
     return read_json(path) if path.exists() else {}
+
+
+def is_whole(plans: Mapping[str, Plan], folder: Path) -> bool:
+    """Whether no point is left to run. folder: the study's."""
+    return all(state.finished or state.stopped for state in states(plans, folder).values())
 
 
 def status_table(found: Mapping[str, State]) -> str:

@@ -24,7 +24,7 @@ from launch.execution import RECIPE, Plan
 from launch.halving import Races
 from launch.point import note_of
 from launch.share import Share, shares_of
-from launch.study import FAILURES, STOPPED, Point, Study, plans_of, read_notes, states, status_table
+from launch.study import FAILURES, STOPPED, Point, Study, is_whole, plans_of, read_notes, states, status_table
 from recovery.artifacts import REPOSITORY
 from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER
 from recovery.files import write_atomic, write_json
@@ -109,7 +109,7 @@ def run_study(
             make_forecasts([plans[point.name] for point in wanted], folder)
         write_report(study, points, plans, outcome.notes, folder)
         code = EXIT_FAILED if set(outcome.failures) & {point.name for point in wanted} else EXIT_DONE
-        status = code if code != EXIT_DONE or _is_whole(plans, outcome) else EXIT_INTERRUPTED
+        status = code if code != EXIT_DONE or is_whole(plans, folder) else EXIT_INTERRUPTED
     except KeyboardInterrupt:
         status = EXIT_INTERRUPTED
         raise
@@ -118,11 +118,6 @@ def run_study(
     print(status_table(states({point.name: plans[point.name] for point in wanted}, folder)))
     print(f"\nresults  {folder / 'results.html'}   (and results.md)")
     return code
-
-
-def _is_whole(plans: Mapping[str, Plan], outcome: Outcome) -> bool:
-    """Whether no point is left, of a slice neither."""
-    return all(name in outcome.stopped or plan.stages[-1].job.runtime.output.exists() for name, plan in plans.items())
 
 
 def _take_in(ended: Running, code: int, outcome: Outcome, plans: Mapping[str, Plan]) -> None:

@@ -49,7 +49,7 @@ def sync_command(
 
 
 def _sync_study(file: Path, cluster: Cluster, runs_dir: Path) -> None:
-    from launch.study import load_study, plans_of, states
+    from launch.study import is_whole, load_study, plans_of
     from launch.tracking import start_study, sync_study
 
     study, points = load_study(file)
@@ -65,8 +65,7 @@ def _sync_study(file: Path, cluster: Cluster, runs_dir: Path) -> None:
     for plan in plans.values():
         if plan.run_folder.exists():
             _send(plan, parent)
-    whole = all(state.finished or state.stopped for state in states(plans, folder).values())
-    sync_study(parent, runs_dir, folder, whole=whole)
+    sync_study(parent, runs_dir, folder, whole=is_whole(plans, folder))
 
 
 def _send(plan: Plan, parent: str | None) -> None:

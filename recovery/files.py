@@ -65,6 +65,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
+def held_out_lines(folder: Path) -> list[dict[str, Any]]:
+    """The measurements of the held-out text itself, in an adapter's folder, in their order."""
+    return [line for line in read_lines(folder / HELD_OUT) if line["split"] == "held_out"]
+
+
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())

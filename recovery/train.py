@@ -37,7 +37,7 @@ from recovery.corpus import Tokens, read_split
 from recovery.engine import Engine, Student, engine_config, forward_only, start_distributed
 from recovery.errors import Unavailable, UserError
 from recovery.feed import Prepared, prepared, teachers
-from recovery.files import HELD_OUT, HISTORY, write_atomic
+from recovery.files import HELD_OUT, HISTORY, held_out_lines, write_atomic
 from recovery.learner import compile_layers, make_learner, save_learner
 from recovery.measure import HeldOut, Measurement
 from recovery.models import causal_lm, check_training_path, device, head_of, load_model, share_equal
@@ -50,7 +50,7 @@ from recovery.stopping import Stopping
 from recovery.teacher import OnlineTeacher, TeacherSignal
 from recovery.texts import read_texts
 from recovery.tracking import Tracker
-from recovery.watch import Watch, advice, held_out_lines, line_of
+from recovery.watch import Watch, advice, line_of
 
 log = logging.getLogger("recover-lora")
 CHECKPOINTS = ".checkpoints"

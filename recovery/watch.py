@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from recovery.files import HELD_OUT, read_lines
+from recovery.files import held_out_lines
 from recovery.measure import Measurement
 from recovery.models import device
 
@@ -28,11 +28,6 @@ def line_of(found: Measurement, step: int, tokens: int, split: str = "held_out")
     content = {**asdict(found), "step": step, "tokens": tokens, "split": split, "measured_tokens": found.tokens}
     del content["by_sample"]
     return json.dumps(content) + "\n"
-
-
-def held_out_lines(folder: Path) -> list[dict[str, Any]]:
-    """The measurements of the held-out text itself, in their order."""
-    return [line for line in read_lines(folder / HELD_OUT) if line["split"] == "held_out"]
 
 
 @dataclass
