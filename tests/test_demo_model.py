@@ -98,11 +98,11 @@ def test_mlflow_holds_the_run(undisturbed: tuple[Path, str]):
 
     runs, _ = undisturbed
     client = MlflowClient(f"sqlite:///{runs / 'mlflow.db'}")
-    note = json.loads((runs / "smollm2-135m-demo" / "tracking.json").read_text())
-    history = client.get_metric_history(note["run_id"], "loss/train")
+    [identifier] = json.loads((runs / "smollm2-135m-demo" / "tracking.json").read_text()).values()
+    history = client.get_metric_history(identifier, "loss/train")
     lines = (runs / "smollm2-135m-demo" / "adapter" / "history.jsonl").read_text().splitlines()
     assert [metric.value for metric in history] == [json.loads(line)["loss"] for line in lines]
-    assert client.get_run(note["run_id"]).data.params["adapter.rank"] == "8"
+    assert client.get_run(identifier).data.params["adapter.rank"] == "8"
 
 
 def test_killed_in_four_stages_ends_with_the_same_bits(undisturbed: tuple[Path, str], tmp_path: Path):
