@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from eval.causes import causes, want_of_text
 from eval.config import ReportJob
 from eval.evidence import Evidence
 from eval.table import HEADER, benchmark_rows, divergence_rows, percent, verdict
@@ -26,6 +27,7 @@ def render(job: ReportJob, evidence: Evidence, summary: Mapping[str, Any]) -> st
         f"# {job.name}",
         verdict(summary),
         _result(summary),
+        _limits(job, evidence, summary),
         _effort(evidence, summary),
         _corpus(evidence),
         _damage(evidence),
@@ -59,6 +61,15 @@ Accuracy is lm-eval's `acc`, zero-shot, on {each} items a task. AR% = (recovered
 in per cent, with a 95% interval from a paired bootstrap over items. Where the reference is not at least three paired
 standard errors above the degraded model, AR% would be noise divided by noise: it is not measurable, and the gap is
 shown. Measurable: the average over the benchmarks that pass."""
+
+
+def _limits(job: ReportJob, evidence: Evidence, summary: Mapping[str, Any]) -> str:
+    """What keeps the recovery from being whole, as far as the run itself has measured it."""
+    if summary["kl"] is None or not summary["kl"]["recovered"]:
+        return ""
+    found = [*want_of_text(evidence, summary), *causes(job, evidence, summary)]
+    more = "`recover-lora diagnose --run` splits what is left into rank, text, placement and what no adapter undoes."
+    return "\n\n".join(["## What limits it", *(["\n".join(f"- {one}." for one in found)] if found else []), more])
 
 
 def _effort(evidence: Evidence, summary: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -124,6 +125,13 @@ def set_adapter(adapted: Any, folder: Path) -> None:
     own = [name for name in found.missing_keys if "lora_" in name]
     assert not own, f"no values for {own[:3]} in {folder}"
     assert not found.unexpected_keys, f"{found.unexpected_keys[:3]} of {folder} are not adapted"
+
+
+def adapted_modules(folder: Path) -> set[str]:
+    """Names of the base model's modules that the adapter in `folder` changes, from its file's header alone."""
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        names: list[str] = list(file.keys())
+    return {name.removeprefix("base_model.model.").partition(".lora_A.")[0] for name in names if ".lora_A." in name}
 
 
 def load_adapter(model: Any, folder: Path) -> Any:

@@ -9,8 +9,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from eval.causes import accuracy_notes, want_of_text
+from eval.evidence import Evidence
 from launch.cli import app
-from launch.limits import accuracy_notes, render
+from launch.limits import render
+from recovery.config import ForwardKL
 from recovery.corpus import read_split
 from recovery.limits import Limits, limits_of, put_right
 from recovery.measure import measure
@@ -44,6 +47,9 @@ def test_the_remaining_kl_is_split_by_what_would_remove_it(models: dict[str, Pat
     expected = measure(half_right, model_at(models["llama"]), texts[1], width_of(models["llama"]), 512, "").kl
     assert found.modules == pytest.approx(expected, rel=1e-4)
     assert any("adapter.placement: auto" in line for line in render(found))
+    page = (done["report"] / "report.md").read_text()
+    assert "## What limits it" in page
+    assert "- 4 of 6 damaged tensors have no adapter (o_proj, v_proj; changed by 0.5" in page
 
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
@@ -69,6 +75,33 @@ def test_the_largest_cause_is_named_first():
     advice = [line for line in lines if line.startswith("  - ")]
     assert "more text" in advice[0]
     assert not any("norms" in line and line.startswith("  - ") for line in lines)
+
+
+def evidence_of(best_step: int, **training: object) -> Evidence:
+    """Of two epochs of two steps each, of 10 and 30 tokens."""
+    losses = [4.0, 3.0, 2.0, 1.0]
+    history = [{"step": i + 1, "loss": loss, "loss_tokens": 10 + 20 * (i % 2)} for i, loss in enumerate(losses)]
+    job = {
+        "train": {"epochs": 2, "loss": ForwardKL().model_dump(), **training},
+        "labelled": None,
+        "teacher": {"kind": "online"},
+    }
+    details = {"steps": 4, "steps_taken": 4, "best_step": best_step}
+    manifests = {"train": {"job": job, "details": details}}
+    return Evidence(manifests, {}, {}, {}, {}, history, [], 0)
+
+
+def test_the_want_of_text_is_told_from_the_last_epoch():
+    [told] = want_of_text(evidence_of(4), {"kl": {"recovered": 2.5}})
+    assert "1.250 on the text learned from, and is 2.500 on held-out text: 50% of what is left" in told
+    [told] = want_of_text(evidence_of(4), {"kl": {"recovered": 1.3}})
+    assert "more text would change little" in told
+    for other in (
+        evidence_of(2),  # what was delivered had learned from the first epoch alone
+        evidence_of(4, epochs=1),
+        evidence_of(4, loss={**ForwardKL().model_dump(), "cross_entropy": 0.5}),
+    ):
+        assert want_of_text(other, {"kl": {"recovered": 2.5}}) == []
 
 
 def test_negative_and_silent_accuracy_is_explained():

@@ -1,0 +1,113 @@
+"""Why a recovery is not whole, as far as its artifacts tell: no model is run for it (`diagnose --run` does that)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from eval.config import ReportJob
+from eval.evidence import Evidence, damage_of
+from recovery.adapters import CONFIG, adapted_modules
+from recovery.config import ForwardKL
+from recovery.watch import advice
+
+PLAIN = ForwardKL().model_dump()
+"""The loss whose values are KLs as the measurements are."""
+
+SMALL = 0.1
+"""Share of the remaining KL below which a cause is not worth a remedy."""
+
+
+def causes(job: ReportJob, evidence: Evidence, summary: Mapping[str, Any]) -> list[str]:
+    """One sentence for each, what was found and what to do; without what the text's amount explains."""
+    trend = advice([line["kl"] for line in evidence.held_out if line["split"] == "held_out"])
+    return [
+        *([] if trend is None else [trend]),
+        *_choice(evidence),
+        *_uncovered(job, evidence),
+        *accuracy_notes(summary),
+    ]
+
+
+def _choice(evidence: Evidence) -> list[str]:
+    """Whether training was delivered as it stood before its end, by its own measurements."""
+    details = evidence.adapter["details"]
+    best, last = details.get("best_step"), details.get("steps_taken")
+    if best == last:
+        return []
+    if best == 0:
+        return ["training left more KL than its start, so the start was delivered: lower train.learning_rate"]
+    return [f"held-out KL was lowest after step {best} of {last}, and that state was delivered: more text would help"]
+
+
+def want_of_text(evidence: Evidence, summary: Mapping[str, Any]) -> list[str]:
+    """What more text could still remove: the KL on text learned from against that on held-out text."""
+    learned = learned_kl(evidence)
+    left = summary["kl"]["recovered"]
+    if learned is None or left <= 0:
+        return []
+    share = (left - learned) / left
+    found = f"in the last epoch the KL was {learned:.3f} on the text learned from, and is {left:.3f} on held-out text"
+    if share > SMALL:
+        return [f"{found}: {share:.0%} of what is left is for want of text (generate.samples)"]
+    return [f"{found}: more text would change little; rank, placement or longer training would"]
+
+
+def learned_kl(evidence: Evidence) -> float | None:
+    """Mean KL over the tokens of the last epoch, nats, each before its step's update.
+
+    None where the loss was not plain KL to the reference, the text not the corpus, that epoch the text's first, or the
+    delivered state an earlier one.
+    """
+    job, details = evidence.adapter["job"], evidence.adapter["details"]
+    training = job.get("train")
+    if training is None or training["epochs"] < 2 or job["labelled"] is not None:
+        return None
+    if training["loss"] != PLAIN or job["teacher"]["kind"] == "sparse_logits":
+        return None
+    first = details["steps"] - round(details["steps"] / training["epochs"])
+    lines = [line for line in evidence.history if first < line["step"] <= details["best_step"]]
+    tokens = sum(line["loss_tokens"] for line in lines)
+    return sum(line["loss"] * line["loss_tokens"] for line in lines) / tokens if tokens else None
+
+
+def _uncovered(job: ReportJob, evidence: Evidence) -> list[str]:
+    """Damaged tensors without an adapter, where this run made the damage."""
+    damage = damage_of(evidence)
+    # Experts are stored one by one and adapted together: their names would not say it.
+    if damage is None or not (job.adapter.path / CONFIG).is_file() or any(".experts." in name for name in damage):
+        return []
+    adapted = adapted_modules(job.adapter.path)
+    bare = [name for name in damage if name.removesuffix(".weight") not in adapted]
+    if not bare:
+        return []
+    kinds = ", ".join(sorted({name.removesuffix(".weight").rpartition(".")[2] for name in bare}))
+    mean = sum(damage[name] for name in bare) / len(bare)
+    found = f"{len(bare)} of {len(damage)} damaged tensors have no adapter"
+    return [f"{found} ({kinds}; changed by {mean:.2g} of their norm on average): placement auto weighs them too"]
+
+
+def accuracy_notes(summary: Mapping[str, Any]) -> list[str]:
+    """Why AR% is negative or cannot be told."""
+    notes = []
+    silent = [name for name, task in summary["tasks"].items() if not task["ar_percent"]["measurable"]]
+    if silent:
+        notes.append(
+            f"AR% says nothing on {', '.join(silent)}: the reference is not above the degraded model by three standard "
+            "errors there (more items, or tasks on which the reference is better)"
+        )
+    negative = {
+        name: task["ar_percent"]["value"]
+        for name, task in summary["tasks"].items()
+        if task["ar_percent"]["measurable"] and task["ar_percent"]["value"] < 0
+    }
+    if negative:
+        kl = summary["kl"]["recovered"]
+        worst = ", ".join(f"{name} {value:.0f}%" for name, value in negative.items())
+        cause = (
+            "accuracy comes back late, below a KL of about 1"
+            if kl > 1
+            else "the adapter moved answers that noise had left near chance; see the intervals"
+        )
+        notes.append(f"negative AR% ({worst}) at KL {kl:.2f}: {cause}")
+    return notes
