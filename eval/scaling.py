@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,29 @@ REACH = 10.0
 SEED = "seed"
 
 
-def series_of(rows: Sequence[Mapping[str, Any]], over: Sequence[str]) -> dict[str, list[Mapping[str, Any]]]:
-    """The finished rows by what is not varied. over: the axes along which they scale; seeds are repeats."""
+@dataclass(frozen=True)
+class Series:
+    """Points that differ in nothing but what scales, and seed."""
+
+    name: str
+    members: list[Mapping[str, Any]]
+    """Finished rows, by tokens."""
+    law: Law | None
+    """None of too few points."""
+
+
+def series_of(rows: Sequence[Mapping[str, Any]], over: Sequence[str]) -> list[Series]:
+    """The finished rows by what is not varied, each with its law. over: the axes along which they scale."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         fixed = [label for axis, label in row["labels"].items() if axis not in over and axis != SEED]
         if row["result"] is not None and row["result"]["kl"] is not None:
             found.setdefault(" ".join(fixed) or "all", []).append(row)
-    return {name: sorted(members, key=lambda row: row["result"]["tokens"]) for name, members in found.items()}
+    made = []
+    for name, members in found.items():
+        members.sort(key=lambda row: row["result"]["tokens"])
+        made.append(Series(name, members, fit([quantities(row) for row in members])))
+    return made
 
 
 def quantities(row: Mapping[str, Any]) -> dict[str, float]:
@@ -52,39 +68,32 @@ def accuracies(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     ]
 
 
-def laws_of(rows: Sequence[Mapping[str, Any]], over: Sequence[str]) -> dict[str, Law]:
-    """By series; those of too few points have none."""
-    fits = {name: fit([quantities(row) for row in members]) for name, members in series_of(rows, over).items()}
-    return {name: law for name, law in fits.items() if law is not None}
-
-
-def laws_file(rows: Sequence[Mapping[str, Any]], over: Sequence[str]) -> dict[str, Any]:
-    """The laws as JSON, each with the mean length of the samples behind it."""
-    members = series_of(rows, over)
+def laws_file(series: Sequence[Series]) -> dict[str, Any]:
+    """The laws as JSON, each with the mean length of the samples behind it; series without one are left out."""
     return {
-        name: {
-            **law.to_json(),
-            "tokens_per_sample": float(np.mean([row["result"]["tokens_per_sample"] for row in members[name]])),
+        one.name: {
+            **one.law.to_json(),
+            "tokens_per_sample": float(np.mean([row["result"]["tokens_per_sample"] for row in one.members])),
         }
-        for name, law in laws_of(rows, over).items()
+        for one in series
+        if one.law is not None
     }
 
 
-def plot_scaling(rows: Sequence[Mapping[str, Any]], over: Sequence[str], path: Path) -> None:
+def plot_scaling(series: Sequence[Series], path: Path) -> None:
     """Left: the share of the KL left over tokens, measured as points and the law as a line, dashed where it predicts.
     Right: AR% with 95 % intervals."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11, 4.4), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for number, (name, members) in enumerate(series_of(rows, over).items()):
+        for number, one in enumerate(series):
             color = f"C{number % 10}"
-            tokens = [row["result"]["tokens"] for row in members]
-            shares = [100 * quantities(row)["left"] for row in members]
-            left.plot(tokens, shares, "o", markersize=5, color=color, label=f"{name}, measured")
-            law = fit([quantities(row) for row in members])
-            if law is not None and law.names == ("tokens",):
-                _draw_law(left, law, color)
-            found = accuracies(members)
+            tokens = [row["result"]["tokens"] for row in one.members]
+            shares = [100 * quantities(row)["left"] for row in one.members]
+            left.plot(tokens, shares, "o", markersize=5, color=color, label=f"{one.name}, measured")
+            if one.law is not None and one.law.names == ("tokens",):
+                _draw_law(left, one.law, color)
+            found = accuracies(one.members)
             middle = [point["value"] for point in found]
             spans = [[p["value"] - p["low"] for p in found], [p["high"] - p["value"] for p in found]]
             right.errorbar(
@@ -95,7 +104,7 @@ def plot_scaling(rows: Sequence[Mapping[str, Any]], over: Sequence[str], path: P
                 color=color,
                 capsize=3,
                 elinewidth=1,
-                label=name,
+                label=one.name,
             )
         left.set_yscale("log")
         left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -150,14 +159,13 @@ def plot_plane(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         figure.savefig(path)
 
 
-def scaling_text(rows: Sequence[Mapping[str, Any]], over: Sequence[str]) -> str:
+def scaling_text(series: Sequence[Series]) -> str:
     """The laws in words, and what they predict."""
     parts = []
-    for name, members in series_of(rows, over).items():
-        lines = [f"### {name}", ""]
-        law = fit([quantities(row) for row in members])
-        lines += [_no_law(members), ""] if law is None else _law_lines(law, members)
-        lines += _accuracy_lines(members)
+    for one in series:
+        lines = [f"### {one.name}", ""]
+        lines += [_no_law(one.members), ""] if one.law is None else _law_lines(one.law, one.members)
+        lines += _accuracy_lines(one.members)
         parts.append("\n".join(lines))
     return "\n\n".join(["## Scaling", "![KL and accuracy over tokens](scaling.png)", *parts]) + "\n"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from eval.matrix import markdown, plot_recoveries, result_of
 from eval.page import html_page
-from eval.scaling import laws_file, plot_plane, plot_scaling, scaling_text
+from eval.scaling import laws_file, plot_plane, plot_scaling, scaling_text, series_of
 from launch.execution import RECIPE, Plan
 from launch.study import Point, Study
 from recovery.errors import UserError
@@ -49,9 +49,10 @@ def write_report(
         plot_plane(rows, folder / "plane.png")
         parts.append("![Trainable parameters and data of every point](plane.png)")
     if study.scaling:
-        plot_scaling(rows, study.scaling, folder / "scaling.png")
-        parts.append(scaling_text(rows, study.scaling))
-        write_json(folder / LAWS, {"study": study.name, "series": laws_file(rows, study.scaling)})
+        series = series_of(rows, study.scaling)
+        plot_scaling(series, folder / "scaling.png")
+        parts.append(scaling_text(series))
+        write_json(folder / LAWS, {"study": study.name, "series": laws_file(series)})
     text = "\n\n".join([*parts, commands_text(plans)])
     write_atomic(folder / "results.md", text)
     write_atomic(folder / "results.html", html_page(study.name, text, folder))

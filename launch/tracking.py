@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -298,7 +299,8 @@ def sync(
     parent: str | None = None,
     cluster: Cluster | None = None,
 ) -> Sent:
-    """Send what a tracking server has not got of a run: metrics of all stages, also unfinished ones, and the report.
+    """Send what a tracking server has not got of a run: metrics of all stages, also unfinished ones, and the
+    pictures of the corpus and the report.
 
     What it has is asked first, so nothing is sent twice; a run of which nothing is there is not made. parent: as for
     `start_run`. Raises Unavailable where the server does not answer.
@@ -312,9 +314,9 @@ def sync(
         run = known or _new_run(client, recipe, runs_dir, parent)
         metrics = sum(_send_metrics(client, run, path) for path in files)
         _describe(client, run, stages, cluster)
-        report, sent = stages[-1].job.runtime.output, 0
+        report, sent = stages[-1].job.runtime.output, _send_corpus_picture(client, run, stages)
         if report.exists():
-            sent = _send_files(client, run, report)
+            sent += _send_files(client, run, report)
             client.set_terminated(run)
         elif known is None and not any(is_being_built(stage.job.runtime.output) for stage in stages):
             client.set_terminated(run, "KILLED")
@@ -358,6 +360,19 @@ def _send_files(client: Any, run: str, report: Path) -> int:
     for path in missing:
         client.log_artifact(run, str(path), "report")
     return len(missing)
+
+
+def _send_corpus_picture(client: Any, run: str, stages: Sequence[Stage]) -> int:
+    """Drawn again, as a corpus does not keep it: a picture's bytes are not the corpus'."""
+    from datagen.plots import plot_corpus
+
+    corpus = next((stage.job.runtime.output for stage in stages if stage.label == "generate"), None)
+    if corpus is None or not corpus.exists() or client.list_artifacts(run, "corpus"):
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        plot_corpus(corpus, Path(folder) / "corpus.png")
+        client.log_artifact(run, str(Path(folder) / "corpus.png"), "corpus")
+    return 1
 
 
 def _flat(recipe: Recipe) -> list[tuple[str, str, str]]:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from eval.law import Law, fit, trend
-from eval.scaling import laws_file, laws_of, plot_plane, plot_scaling, scaling_text, series_of
+from eval.scaling import laws_file, plot_plane, plot_scaling, scaling_text, series_of
 from launch.law import read_law
 from recovery.errors import UserError
 from tests.pipeline import make_benchmarks, tiny_recipe
@@ -98,18 +98,18 @@ def rows() -> list[dict[str, Any]]:
 
 
 def test_the_page_of_a_scaling_study(tmp_path: Path):
-    assert {name: len(members) for name, members in series_of(rows(), ["samples"]).items()} == {
-        "noise": 10,
-        "rounding": 2,
+    series = series_of(rows(), ["samples"])
+    assert {one.name: (len(one.members), one.law is None) for one in series} == {
+        "noise": (10, False),
+        "rounding": (2, True),
     }
-    assert set(laws_of(rows(), ["samples"])) == {"noise"}
-    text = scaling_text(rows(), ["samples"])
+    text = scaling_text(series)
     assert "No law: 2 finished points" in text
     assert "Of other model sizes nothing can be said" in text
     assert "AR% grows by" in text
     assert "AR% interval above zero: 20,000 trained tokens" in text
     assert "| x " in text
-    for draw in (lambda path: plot_scaling(rows(), ["samples"], path), lambda path: plot_plane(rows(), path)):
+    for draw in (lambda path: plot_scaling(series, path), lambda path: plot_plane(rows(), path)):
         draw(tmp_path / "picture.png")
         assert (tmp_path / "picture.png").stat().st_size > 10_000
 
@@ -127,7 +127,7 @@ def test_a_plan_takes_its_corpus_from_a_law(
 ):
     recipe = tiny_recipe(tiny, make_benchmarks(tmp_path / "data"), train={"epochs": 2})
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    laws = laws_file(rows(), ["samples"])
+    laws = laws_file(series_of(rows(), ["samples"]))
     (tmp_path / "laws.json").write_text(json.dumps({"study": "s", "series": laws}))
     command = ("plan", str(tmp_path / "recipe.yaml"), "--law", str(tmp_path / "laws.json"))
     assert invoke(monkeypatch, *command, "--target", "0.9") == 0
