@@ -41,6 +41,8 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("peft").setLevel(logging.ERROR)
+    # PEFT imports it for every model, and it then asks for a package that only 4-bit students on a CPU would use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # PEFT asks transformers by a name that transformers has renamed.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
