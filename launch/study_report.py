@@ -12,7 +12,7 @@ from eval.matrix import markdown, plot_recoveries, result_of
 from eval.page import html_page
 from eval.scaling import laws_file, plot_plane, plot_scaling, scaling_text, series_of
 from launch.execution import RECIPE, Plan
-from launch.study import Point, Study
+from launch.study import Point, Study, states
 from recovery.errors import UserError
 from recovery.files import read_json, write_atomic, write_json
 
@@ -27,7 +27,7 @@ def write_report(
     study: Study, points: Sequence[Point], plans: Mapping[str, Plan], failures: Mapping[str, str], folder: Path
 ) -> None:
     """plans: by the points' names."""
-    forecasts = known_forecasts(folder)
+    forecasts, found = known_forecasts(folder), states(plans, folder)
     rows: list[dict[str, Any]] = []
     for point in points:
         plan = plans[point.name]
@@ -37,7 +37,7 @@ def write_report(
             {
                 "labels": point.labels,
                 "result": result_of(read_json(summary)) if done else None,
-                "note": "" if done else failures.get(point.name, "not run yet"),
+                "note": "" if done else failures.get(point.name, str(found[point.name])),
                 "predicted": forecasts.get(forecast_key(plan)) if is_forecast(plan) else None,
             }
         )

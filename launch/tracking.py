@@ -25,6 +25,8 @@ from recovery.tracking import BATCH, METRICS, first_line, mlflow_client, read_me
 
 log = logging.getLogger("recover-lora")
 PARENT = "mlflow.parentRunId"
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+"""Schemes of stores that clients reach without a server, and that say nothing of where files lie."""
 MANIFESTS = "manifests"
 """Folder of a run's artifacts."""
 MODELS = ("evaluate-reference", "evaluate-degraded")
@@ -152,9 +154,11 @@ def _status(code: int) -> str:
 
 
 def _experiment(client: Any, name: str, runs_dir: Path) -> str:
-    """The experiment's identifier; made where there is none, in a store of our own with its files beside the runs."""
+    """The experiment's identifier; made where there is none, its files beside the runs if the store has no say: MLflow
+    would put them into whatever folder the command was started in."""
     found = client.get_experiment_by_name(name)
-    location = None if os.environ.get("MLFLOW_TRACKING_URI") else str(runs_dir.resolve() / "mlartifacts")
+    scheme = store_uri(runs_dir).partition(":")[0].partition("+")[0]
+    location = str(runs_dir.resolve() / "mlartifacts") if scheme in DATABASES else None
     return found.experiment_id if found else client.create_experiment(name, artifact_location=location)
 
 

@@ -122,6 +122,10 @@ def test_every_store_keeps_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         target = start_run(recipe, runs)
         assert target is not None
         assert found.setdefault(store, target.run_id) == target.run_id
+        # The files of a database without a server do not depend on where the command was started.
+        files = MlflowClient(target.uri).get_run(target.run_id).info.artifact_uri
+        assert files is not None
+        assert Path(files).is_relative_to(runs)
     assert len(set(found.values())) == 2
     # Begun without its study's run, whose store was away then; later it has one.
     client = MlflowClient(f"sqlite:///{tmp_path / 'b'}.db")
