@@ -79,7 +79,7 @@ assets: install ## fetch the small public model and the benchmark sets into asse
 llama-cpp: install ## fetch llama.cpp's converter into assets/, for `recover-lora deliver --gguf`
 	@$(BIN)/python -m launch.assets --llama-cpp
 
-demo: install assets ## recover a damaged 135M model end to end: 20 minutes on 2 cores
+demo: install assets ## recover a damaged 135M model end to end: 10 minutes on 2 cores
 	@$(BIN)/recover-lora run $(RECIPE)
 
 demo-vllm: install install-vllm assets ## the demo with its corpus drawn by real vLLM servers
@@ -94,7 +94,7 @@ format: install ## let ruff put the code in order
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-test: install assets lint ## lint, types and all tests, the real model included
+test: install assets lint ## lint, types and all tests but the next three, the real model included: 20 minutes
 	@# One thread each, or they would wait for one another. The real model's tests go first: they take longest.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 

@@ -144,7 +144,8 @@ def _command(name: str, help_text: str, action: Action) -> None:
     ) -> None:
         raise typer.Exit(action(recipe, cluster, overrides, runs_dir, dry_run))
 
-    example = f"\n\nExample: recover-lora {name} launch/recipes/smollm2-135m/demo.yaml --set seed=1"
+    change = "teacher.kind=hidden_states" if name == "cache" else "seed=1"  # the demo's teacher keeps no cache
+    example = f"\n\nExample: recover-lora {name} launch/recipes/smollm2-135m/demo.yaml --set {change}"
     app.command(name, help=help_text + example)(command)
 
 
