@@ -49,8 +49,8 @@ def want_of_text(evidence: Evidence, summary: Mapping[str, Any]) -> list[str]:
     share = (left - learned) / left
     found = f"in the last epoch the KL was {learned:.3f} on the text learned from, and is {left:.3f} on held-out text"
     if share > SMALL:
-        return [f"{found}: {share:.0%} of what is left is for want of text (generate.samples)"]
-    return [f"{found}: more text would change little; rank, placement or longer training would"]
+        return [f"{found}: {share:.0%} of what is left is for want of other text (generate.samples)"]
+    return [f"{found}: nothing was learned by heart, so more steps (text or epochs), rank or places would help"]
 
 
 def learned_kl(evidence: Evidence) -> float | None:
