@@ -9,6 +9,7 @@ from eval.config import ReportJob
 from eval.evidence import Evidence, damage_of
 from recovery.adapters import CONFIG, adapted_modules
 from recovery.config import ForwardKL
+from recovery.files import held_out_lines
 from recovery.watch import advice
 
 PLAIN = ForwardKL().model_dump()
@@ -20,7 +21,7 @@ SMALL = 0.1
 
 def causes(job: ReportJob, evidence: Evidence, summary: Mapping[str, Any]) -> list[str]:
     """One sentence for each, what was found and what to do; without what the text's amount explains."""
-    trend = advice([line["kl"] for line in evidence.held_out if line["split"] == "held_out"])
+    trend = advice([line["kl"] for line in held_out_lines(job.adapter.path)])
     return [
         *([] if trend is None else [trend]),
         *_choice(evidence),

@@ -67,9 +67,9 @@ def _limits(job: ReportJob, evidence: Evidence, summary: Mapping[str, Any]) -> s
     """What keeps the recovery from being whole, as far as the run itself has measured it."""
     if summary["kl"] is None or not summary["kl"]["recovered"]:
         return ""
-    found = [*want_of_text(evidence, summary), *causes(job, evidence, summary)]
+    found = "\n".join(f"- {one}." for one in (*want_of_text(evidence, summary), *causes(job, evidence, summary)))
     more = "`recover-lora diagnose --run` splits what is left into rank, text, placement and what no adapter undoes."
-    return "\n\n".join(["## What limits it", *(["\n".join(f"- {one}." for one in found)] if found else []), more])
+    return "\n\n".join(part for part in ("## What limits it", found, more) if part)
 
 
 def _effort(evidence: Evidence, summary: Mapping[str, Any]) -> str:

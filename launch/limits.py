@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from eval.causes import SMALL, causes
 from eval.config import ReportJob
@@ -14,17 +14,13 @@ from launch.recipe import Recipe
 from launch.resolve import build_stages, check_models, resolve_names
 from recovery.errors import UserError
 from recovery.files import HashMemory, read_json, write_json
-
-if TYPE_CHECKING:
-    from recovery.limits import Limits
+from recovery.limits import Limits, limits_of
+from recovery.models import load_model
+from recovery.texts import read_texts
 
 
 def explain(recipe: Recipe, cluster: Cluster, runs_dir: Path, folder: Path | None) -> str:
     """What is left of the damage and why; returns what to print. folder: write limits.json there."""
-    from recovery.limits import limits_of
-    from recovery.models import load_model
-    from recovery.texts import read_texts
-
     names = resolve_names(recipe, HashMemory(runs_dir / ".hashes.json"))
     check_models(recipe, names)
     jobs = {stage.label: stage.job for stage in build_stages(recipe, names, cluster, runs_dir)}
@@ -60,7 +56,7 @@ def render(found: Limits) -> list[str]:
         line("placement", found.placement, "gone if all other matrices were, too"),
         line("beyond adapters", found.matrices, "norms, embeddings, biases"),
     ]
-    causes = {
+    shares = {
         "rank and training": found.rank - max(found.data, 0.0),
         "data": found.data,
         "placement": found.placement,
@@ -72,5 +68,5 @@ def render(found: Limits) -> list[str]:
         "placement": "damage lies in matrices without an adapter: set adapter.placement: auto",
         "beyond adapters": "write the reference's norms, embeddings and biases into the degraded model",
     }
-    order = sorted(causes, key=causes.__getitem__, reverse=True)
-    return lines + [f"  - {remedies[name]}" for name in order if causes[name] > SMALL * left]
+    order = sorted(shares, key=shares.__getitem__, reverse=True)
+    return lines + [f"  - {remedies[name]}" for name in order if shares[name] > SMALL * left]

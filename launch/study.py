@@ -190,10 +190,11 @@ def states(plans: Mapping[str, Plan], folder: Path) -> dict[str, State]:
     """Of every point, by name; finished artifacts are counted, not verified. folder: the study's."""
     ended = {name: f"failed: {why}" for name, why in read_notes(folder / FAILURES).items()}
     ended |= read_notes(folder / STOPPED)
-    return {name: _state(plan, ended.get(name)) for name, plan in plans.items()}
+    return {name: state_of(plan, ended.get(name)) for name, plan in plans.items()}
 
 
-def _state(plan: Plan, ended: str | None) -> State:
+def state_of(plan: Plan, ended: str | None) -> State:
+    """ended: why it has no result, where that is known."""
     left = [stage for stage in plan.stages if not stage.job.runtime.output.exists()]
     begun = next((stage for stage in left if folder_of(stage.job).exists()), None)
     at = None

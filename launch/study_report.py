@@ -12,7 +12,7 @@ from eval.matrix import markdown, plot_recoveries, result_of
 from eval.page import html_page
 from eval.scaling import laws_file, plot_plane, plot_scaling, scaling_text, series_of
 from launch.execution import RECIPE, Plan
-from launch.study import Point, Study, states
+from launch.study import Point, Study, state_of
 from recovery.errors import UserError
 from recovery.files import read_json, write_atomic, write_json
 
@@ -26,8 +26,8 @@ CLOSE = 0.15
 def write_report(
     study: Study, points: Sequence[Point], plans: Mapping[str, Plan], failures: Mapping[str, str], folder: Path
 ) -> None:
-    """plans: by the points' names."""
-    forecasts, found = known_forecasts(folder), states(plans, folder)
+    """plans: by the points' names. failures: why points have no result, by name."""
+    forecasts = known_forecasts(folder)
     rows: list[dict[str, Any]] = []
     for point in points:
         plan = plans[point.name]
@@ -37,7 +37,7 @@ def write_report(
             {
                 "labels": point.labels,
                 "result": result_of(read_json(summary)) if done else None,
-                "note": "" if done else failures.get(point.name, str(found[point.name])),
+                "note": "" if done else failures.get(point.name) or str(state_of(plan, None)),
                 "predicted": forecasts.get(forecast_key(plan)) if is_forecast(plan) else None,
             }
         )
