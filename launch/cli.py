@@ -5,33 +5,21 @@ recover-lora run launch/recipes/smollm2-135m/demo.yaml
 
 from __future__ import annotations
 
-import json
-import os
-import shlex
 import signal
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from datagen.config import Partition
-from launch.cluster import Cluster, LocalServers, load_cluster
+from launch.cluster import load_cluster
+from launch.commands import execute, models_of, parse_partition, profile_training, serve_pool
 from launch.corpus import corpus_app
-from launch.distributed import SLURM_JOB
-from launch.execution import Plan
-from launch.pipeline import dry_run, missing_inputs, run_stage_process
-from launch.recipe import Recipe, load_recipe
-from launch.resolve import Stage, build_stages, check_models, generate_job, resolve_names
-from launch.servers import ServerPool, Serving
-from launch.slurm import batch_script, script_file, submit
+from launch.recipe import load_recipe
 from launch.track import track_app
-from recovery.errors import EXIT_DONE, EXIT_FAILED, UserError
-from recovery.files import HashMemory
+from recovery.errors import UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,10 +32,6 @@ app = typer.Typer(
 app.add_typer(corpus_app, name="corpus")
 app.add_typer(track_app, name="track")
 
-NO_STAGE = {
-    "degrade": "its degraded model is given; run the next stage",
-    "cache": "its teacher is online; set teacher.kind=hidden_states or sparse_logits, or add --dry-run to compare them",
-}
 RecipeFile = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="Recipe file, e.g. launch/recipes/smollm2-135m/demo.yaml")
 ]
@@ -71,69 +55,12 @@ MaxRestarts = Annotated[
 ]
 
 
-def execute(
-    recipe_file: Path,
-    cluster_name: str,
-    overrides: list[str],
-    runs_dir: Path,
-    dry: bool,
-    only: str | None,
-    partition: Partition | None = None,
-    max_restarts: int = 0,
-) -> int:
-    """Run a recipe's stages (all, or those of one command, or one part of its corpus). Returns the exit code."""
-    cluster = load_cluster(cluster_name)
-    recipe = load_recipe(recipe_file, overrides)
-    memory = HashMemory(None if dry else runs_dir / ".hashes.json")
-    plan = Plan.of(recipe, cluster, runs_dir, memory, only, partition)
-    if only == "cache" and dry:
-        print(teacher_costs(recipe, cluster, plan.stages))
-    elif not plan.wanted:
-        raise UserError(str(recipe_file), f"it has no stage {only}", NO_STAGE[only or ""])
-    if dry:
-        check_models(recipe, plan.names)
-        if cluster.slurm is not None:
-            print(f"# {script_file(plan)}\n{batch_script(plan)}")
-        print(dry_run(plan.wanted, plan.run_folder, cluster))
-        return EXIT_DONE
-    if cluster.slurm is not None and SLURM_JOB not in os.environ:
-        print(submit(plan))
-        return EXIT_DONE
-    code = plan.run(memory, max_restarts=max_restarts)
-    if code == EXIT_DONE and only in (None, "report"):
-        print_result(recipe, runs_dir)
-    return code
-
-
-def teacher_costs(recipe: Recipe, cluster: Cluster, stages: list[Stage]) -> str:
-    from launch.plan_text import plan_text
-
-    corpus = next(stage.job.runtime.output for stage in stages if stage.label == "generate")
-    return plan_text(recipe, cluster, None, corpus, own=True)
-
-
-def print_result(recipe: Recipe, runs_dir: Path) -> None:
-    """The table, and where everything lies."""
-    from eval.table import terminal_table
-    from launch.tracking import store_uri
-
-    run_folder = runs_dir / recipe.name
-    summary = json.loads((run_folder / "report" / "summary.json").read_text())
-    print(terminal_table(summary))
-    print(f"\nadapter  {run_folder / 'adapter'}   (PeftModel.from_pretrained(degraded, this folder))")
-    print(f"report   {run_folder / 'report' / 'report.html'}   (and report.md)")
-    if os.environ.get("MLFLOW_TRACKING_URI"):
-        print("MLflow   the server of MLFLOW_TRACKING_URI")
-    else:
-        uri = store_uri(runs_dir)
-        print(f"MLflow   {uri}\n         open it: mlflow ui --backend-store-uri {uri}")
-
-
 Action = Callable[[Path, str, list[str], Path, bool], int]
 
 
-def _command(name: str, help_text: str, action: Action) -> None:
-    """A command of the common options. action: (recipe, cluster, overrides, runs_dir, dry_run) -> exit code."""
+def _command(name: str, help_text: str, action: Action, change: str = "seed=1") -> None:
+    """A command of the common options. action: (recipe, cluster, overrides, runs_dir, dry_run) -> exit code. change:
+    what its example sets."""
 
     def command(
         recipe: RecipeFile,
@@ -144,22 +71,8 @@ def _command(name: str, help_text: str, action: Action) -> None:
     ) -> None:
         raise typer.Exit(action(recipe, cluster, overrides, runs_dir, dry_run))
 
-    change = "teacher.kind=hidden_states" if name == "cache" else "seed=1"  # the demo's teacher keeps no cache
     example = f"\n\nExample: recover-lora {name} launch/recipes/smollm2-135m/demo.yaml --set {change}"
     app.command(name, help=help_text + example)(command)
-
-
-def parse_partition(text: str | None) -> Partition | None:
-    """`i/n` as part i of n, counted from 0."""
-    if text is None:
-        return None
-    part, sign, of = text.partition("/")
-    if not (sign and part.isdecimal() and of.isdecimal()):
-        raise UserError(f"--partition {text}", "not of the form i/n", "write e.g. 0/4, 1/4, 2/4 and 3/4")
-    try:
-        return Partition(part=int(part), of=int(of))
-    except ValueError as error:
-        raise UserError(f"--partition {text}", "no such part", "parts are numbered from 0 to n-1") from error
 
 
 @app.command(
@@ -218,49 +131,6 @@ def train(
     raise typer.Exit(execute(recipe, cluster, overrides, runs_dir, dry_run, "train", max_restarts=max_restarts))
 
 
-def profile_training(recipe_file: Path, cluster_name: str, overrides: list[str], runs_dir: Path) -> int:
-    """Run recovery.profile on the recipe's training job; its inputs must be there."""
-    cluster, recipe = load_cluster(cluster_name), load_recipe(recipe_file, overrides)
-    names = resolve_names(recipe, HashMemory(runs_dir / ".hashes.json"))
-    stages = build_stages(recipe, names, cluster, runs_dir)
-    stage = next((stage for stage in stages if stage.label == "train"), None)
-    if stage is None:
-        raise UserError("--profile", "train.epochs is 0: there is no training", "give it epochs")
-    if absent := missing_inputs(stage, stages):
-        raise UserError("--profile", f"needs {', '.join(absent)}, not finished", "run these first")
-    run_folder = runs_dir / recipe.name
-    folder = str((run_folder / "profile").resolve())
-    return run_stage_process(replace(stage, module="recovery.profile"), run_folder, cluster, (folder,))
-
-
-def serve_pool(recipe_file: Path, cluster_name: str, overrides: list[str], runs_dir: Path, dry: bool) -> int:
-    """Keep the pool of a recipe running until it is interrupted or every server has been given up."""
-    from recovery.stage import set_up_logging
-
-    cluster = load_cluster(cluster_name)
-    recipe = load_recipe(recipe_file, [*overrides, "generate.engine=vllm"])
-    if not isinstance(cluster.servers, LocalServers):
-        raise UserError(f"cluster {cluster.name}", "it has no servers of kind local", "give its file such a section")
-    memory = HashMemory(None if dry else runs_dir / ".hashes.json")
-    names = resolve_names(recipe, memory)
-    memory.save()
-    logs = runs_dir / recipe.name / "logs"
-    pool = ServerPool(Serving.of(generate_job(recipe, names, cluster, runs_dir)), cluster, logs)
-    if dry:
-        for server in pool.servers:
-            where = "" if server.host is None else f"# on {server.host}\n"
-            print(f"{where}$ {shlex.join([*pool.command(), '--port', str(pool.own_port(server))])}")
-        return EXIT_DONE
-    set_up_logging("serve", logs / "serve.log")
-    with pool:
-        for server in pool.servers:
-            print(server.url, flush=True)
-        print("serving until Ctrl-C; logs in", logs, file=sys.stderr)
-        while not pool.is_lost:
-            time.sleep(0.5)
-    return EXIT_FAILED
-
-
 @app.command(
     help="Say what is damaged in a checkpoint, where and how badly, and what to do about it; or with --run, what "
     "limits a finished recovery.\n\n"
@@ -291,9 +161,10 @@ def diagnose(
     ] = 4096,
 ) -> None:
     if run is not None:
-        from launch.limits import explain
+        given, on = load_recipe(run, overrides), load_cluster(cluster)
+        from launch.limits import explain  # after a look at the files: it loads torch
 
-        print(explain(load_recipe(run, overrides), load_cluster(cluster), runs_dir, output))
+        print(explain(given, on, runs_dir, output))
         return
     if reference is None or degraded is None:
         raise UserError("diagnose", "REFERENCE and DEGRADED are missing", "give two folders, or --run RECIPE")
@@ -400,13 +271,6 @@ def deliver(
     raise typer.Exit(make(load_recipe(recipe, overrides), load_cluster(cluster), runs_dir, forms, push))
 
 
-def models_of(recipe: Recipe) -> list[str]:
-    """The local folders among a recipe's models."""
-    names = resolve_names(recipe, HashMemory(None))
-    found = {model.path for model in (names.reference, names.generator, names.degraded) if model is not None}
-    return sorted(path for path in found if Path(path).exists())
-
-
 @app.command(
     help="Run a grid of recipes; what points share is made once, and one that fails does not stop the others.\n\n"
     "Examples:\n\n"
@@ -448,20 +312,20 @@ def study(
         raise typer.Exit(run_study(given, points, wanted, on, runs_dir, minutes, parallel=parallel, forecast=forecast))
 
 
-for _name, _only, _help in (
-    ("degrade", "degrade", "Damage the reference as the recipe says (for studies)."),
+for _name, _change, _help in (
+    ("degrade", "seed=1", "Damage the reference as the recipe says (for studies)."),
     (
         "cache",
-        "cache",
+        "teacher.kind=hidden_states",  # the demo's own keeps no cache
         (
             "Store the reference's signal for a corpus (teacher.kind hidden_states or sparse_logits).\n\n"
             "With --dry-run: disk, memory and time of every kind for this recipe, predicted."
         ),
     ),
-    ("evaluate", "evaluate", "Score reference, degraded and recovered model."),
-    ("report", "report", "Tables, plots and summary.json."),
+    ("evaluate", "seed=1", "Score reference, degraded and recovered model."),
+    ("report", "seed=1", "Tables, plots and summary.json."),
 ):
-    _command(_name, _help, partial(execute, only=_only))
+    _command(_name, _help, partial(execute, only=_name), _change)
 _command(
     "serve",
     "Start the cluster's vLLM servers for a recipe, print their addresses, and keep them until Ctrl-C.\n\n"
