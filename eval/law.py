@@ -21,8 +21,16 @@ QUANTITIES = {"tokens": "tokens", "parameters": "adapter parameters", "model_par
 DISTINCT, APART = 3, 1.2
 """Values of a quantity below which nothing is said of it, and the ratio from which two of them count as two: two seeds'
 corpora differ a little in their tokens."""
+TOGETHER = 0.95
+"""Correlation of two quantities' logarithms from which their merits are not told apart."""
 MOST = 1e15
 """Tokens beyond which no budget is named."""
+INSIDE = 1.01
+"""Of the measured range: how far outside still counts as there."""
+
+
+class NoLaw(Exception):
+    """Why no law can be fitted, in words."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,8 @@ class Law:
     """Of one series. Logarithms are natural."""
 
     names: tuple[str, ...]
-    """The quantities that vary, in the order of the coefficients after the constant."""
+    """The quantities that are told apart, in the order of the coefficients after the constant. Adapter parameters that
+    grow with the model size are left out: its exponent stands for both."""
     coefficients: tuple[float, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
@@ -49,15 +58,34 @@ class Law:
         error = self.quantile * math.sqrt(max(float(row @ np.array(self.covariance) @ row), 0.0))
         return math.exp(middle), math.exp(middle - error), math.exp(middle + error)
 
+    @property
+    def adapter_grows(self) -> bool:
+        """Whether the exponent of the model size is also of adapters that grow with it."""
+        low, high = self.measured["parameters"]
+        return "model_parameters" in self.names and "parameters" not in self.names and high > APART * low
+
+    def is_sure(self, name: str) -> bool:
+        """Whether the quantity is in the law and the 95 % interval of its exponent leaves out zero."""
+        if name not in self.names:
+            return False
+        place = self.names.index(name) + 1
+        return self.low[place] > 0 or self.high[place] < 0
+
     def tokens_for(self, recovery: float, at: Mapping[str, float]) -> Budget | None:
-        """What reaches this share of KL recovery. at: the other quantities. None where tokens do not measurably help,
-        or it would take more than there are."""
-        if "tokens" not in self.names or self.high[self.names.index("tokens") + 1] >= 0:
+        """What reaches this share of KL recovery. at: the other quantities. None where tokens do not measurably
+        help."""
+        if not (self.is_sure("tokens") and self.high[self.names.index("tokens") + 1] < 0):
             return None
-        found = [self._reach(1 - recovery, at, which) for which in (0, 1, 2)]
-        if found[0] is None:
-            return None
-        return Budget(found[0], found[1], found[2], found[0] / self.measured["tokens"][1])
+        return Budget(*(self._reach(1 - recovery, at, which) for which in (0, 1, 2)))
+
+    def beyond(self, at: Mapping[str, float]) -> dict[str, float]:
+        """How many times outside the measured range each quantity is, above or below; those within are left out."""
+        found = {}
+        for name, value in at.items():
+            low, high = self.measured[name]
+            if (times := max(value / high, low / value)) > INSIDE:
+                found[name] = times
+        return found
 
     def _reach(self, left: float, at: Mapping[str, float], which: int) -> float | None:
         """The fewest tokens at which that bound of the mean is below `left`, by bisection."""
@@ -83,28 +111,33 @@ class Law:
 
 @dataclass(frozen=True)
 class Budget:
-    """Trained tokens: expected, and where the interval's optimistic and pessimistic ends reach the target."""
+    """Trained tokens: expected, and where the interval's optimistic and pessimistic ends reach the target; None is more
+    than MOST."""
 
-    tokens: float
+    tokens: float | None
     low: float | None
     high: float | None
-    beyond: float
-    """Times the most that was measured; above 1 it is extrapolated."""
 
 
-def fit(points: Sequence[Mapping[str, float]]) -> Law | None:
-    """points: {tokens, parameters, model_parameters, left}, left in (0, inf). None where there are too few, or none of
-    the quantities has DISTINCT values."""
+def fit(points: Sequence[Mapping[str, float]]) -> Law:
+    """points: {tokens, parameters, model_parameters, left}, all above 0. Raises NoLaw."""
     import statsmodels.api as sm
 
-    usable = [point for point in points if point["left"] > 0]
-    names = [name for name in QUANTITIES if _distinct([point[name] for point in usable]) >= DISTINCT]
-    if not names or len(usable) < len(names) + 3:
-        return None
-    design = np.array([[1.0, *(math.log(point[name]) for name in names)] for point in usable])
-    if np.linalg.matrix_rank(design) < design.shape[1]:  # quantities that vary together only
-        return None
-    result = sm.OLS(np.log([point["left"] for point in usable]), design).fit()
+    names = [name for name in QUANTITIES if _distinct([point[name] for point in points]) >= DISTINCT]
+    if not names:
+        raise NoLaw(f"none of {', '.join(QUANTITIES.values())} has {DISTINCT} values in {len(points)} finished points")
+    if "parameters" in names and "model_parameters" in names and _go_together(points, "parameters", "model_parameters"):
+        names.remove("parameters")
+    for name in names[1:] if names[0] == "tokens" else ():
+        if _go_together(points, "tokens", name):
+            raise NoLaw(f"tokens and {QUANTITIES[name]} grow together: whose merit it is cannot be told")
+    if len(points) < len(names) + 3:
+        varied = ", ".join(QUANTITIES[name] for name in names)
+        raise NoLaw(f"{len(points)} finished points, and {varied} need {len(names) + 3}")
+    design = np.array([[1.0, *(math.log(point[name]) for name in names)] for point in points])
+    if np.linalg.matrix_rank(design) < design.shape[1]:
+        raise NoLaw(f"{', '.join(QUANTITIES[name] for name in names)} grow together")
+    result = sm.OLS(np.log([point["left"] for point in points]), design).fit()
     interval: NDArray[np.float64] = np.asarray(result.conf_int(0.05))
     coefficients = np.asarray(result.params)
     errors = np.asarray(result.bse)
@@ -117,8 +150,18 @@ def fit(points: Sequence[Mapping[str, float]]) -> Law | None:
         tuple(tuple(map(float, row)) for row in np.asarray(result.cov_params())),
         float(spread.max()),
         tuple(map(float, np.asarray(result.resid))),
-        {name: (min(p[name] for p in usable), max(p[name] for p in usable)) for name in QUANTITIES},
+        {name: (min(p[name] for p in points), max(p[name] for p in points)) for name in QUANTITIES},
     )
+
+
+def _go_together(points: Sequence[Mapping[str, float]], one: str, other: str) -> bool:
+    logarithms = np.log([[point[one], point[other]] for point in points])
+    return bool(abs(np.corrcoef(logarithms.T)[0, 1]) > TOGETHER)
+
+
+def rounded(tokens: float | None) -> str:
+    """Three digits: a prediction has no more."""
+    return f"more than 10^{math.log10(MOST):.0f}" if tokens is None else f"{float(f'{tokens:.3g}'):,.0f}"
 
 
 def _distinct(values: Sequence[float]) -> int:

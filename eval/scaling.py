@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from eval.law import QUANTITIES, Law, fit, trend
+from eval.law import MOST, QUANTITIES, Law, NoLaw, fit, rounded, trend
 from eval.plots import GRID, INK, MUTED, STYLE, new_figure
 from eval.table import percent
 
@@ -32,7 +32,8 @@ class Series:
     members: list[Mapping[str, Any]]
     """Finished rows, by tokens."""
     law: Law | None
-    """None of too few points."""
+    why: str = ""
+    """There is no law."""
 
 
 def series_of(rows: Sequence[Mapping[str, Any]], over: Sequence[str]) -> list[Series]:
@@ -40,13 +41,21 @@ def series_of(rows: Sequence[Mapping[str, Any]], over: Sequence[str]) -> list[Se
     found: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         fixed = [label for axis, label in row["labels"].items() if axis not in over and axis != SEED]
-        if row["result"] is not None and row["result"]["kl"] is not None:
+        if row["result"] is not None and _has_shares(row["result"]["kl"]):
             found.setdefault(" ".join(fixed) or "all", []).append(row)
     made = []
     for name, members in found.items():
         members.sort(key=lambda row: row["result"]["tokens"])
-        made.append(Series(name, members, fit([quantities(row) for row in members])))
+        try:
+            made.append(Series(name, members, fit([quantities(row) for row in members])))
+        except NoLaw as error:
+            made.append(Series(name, members, None, str(error)))
     return made
+
+
+def _has_shares(kl: Mapping[str, float] | None) -> bool:
+    """Whether there was a loss, and something of it is left: what has a logarithm."""
+    return kl is not None and kl["degraded"] > 0 and kl["recovered"] > 0
 
 
 def quantities(row: Mapping[str, Any]) -> dict[str, float]:
@@ -164,16 +173,10 @@ def scaling_text(series: Sequence[Series]) -> str:
     parts = []
     for one in series:
         lines = [f"### {one.name}", ""]
-        lines += [_no_law(one.members), ""] if one.law is None else _law_lines(one.law, one.members)
+        lines += [f"No law: {one.why}.", ""] if one.law is None else _law_lines(one.law, one.members)
         lines += _accuracy_lines(one.members)
         parts.append("\n".join(lines))
     return "\n\n".join(["## Scaling", "![KL and accuracy over tokens](scaling.png)", *parts]) + "\n"
-
-
-def _no_law(members: Sequence[Mapping[str, Any]]) -> str:
-    return (
-        f"No law: {len(members)} finished points; a quantity needs three values, and there is none of that many points."
-    )
 
 
 def _law_lines(law: Law, members: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -193,7 +196,7 @@ def _law_lines(law: Law, members: Sequence[Mapping[str, Any]]) -> list[str]:
         "| tokens | KL left, measured | law | residual |",
         "| ---: | ---: | ---: | ---: |",
     ]
-    for row, residual in zip(members, law.residuals, strict=False):
+    for row, residual in zip(members, law.residuals, strict=True):
         found = quantities(row)
         lines.append(
             f"| {found['tokens']:,.0f} | {percent(found['left'])} | {percent(law.left(found)[0])} "
@@ -203,34 +206,44 @@ def _law_lines(law: Law, members: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _budget_lines(law: Law, members: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Predicted tokens for some targets, at the measured model size, and at larger ones where size was varied."""
+    """Predicted tokens for some targets, at the measured model size with the smallest and the largest adapter, and at
+    larger models where size was varied."""
     if "tokens" not in law.names:
         return []
-    largest = max((quantities(row) for row in members), key=lambda found: found["model_parameters"])
-    sizes = {"as measured": largest["model_parameters"]}
-    sized = "model_parameters" in law.names
-    sizes |= SIZES if sized else {}
+    places, without = _places(law, [quantities(row) for row in members])
     lines = [
-        "| target | model | tokens, predicted | range | beyond what was measured |",
-        "| ---: | --- | ---: | --- | ---: |",
+        "| target | model | adapter parameters | tokens, predicted | range | beyond what was measured |",
+        "| ---: | --- | ---: | ---: | --- | --- |",
     ]
     for target in TARGETS:
-        for name, size in sizes.items():
-            budget = law.tokens_for(target, {**largest, "model_parameters": size})
+        for name, at in places:
+            budget = law.tokens_for(target, at)
             if budget is None:
-                lines.append(f"| {percent(target, 0)} | {name} | none | tokens do not measurably help | |")
-                continue
-            ends = " to ".join("more" if end is None else _rounded(end) for end in (budget.low, budget.high))
-            beyond = f"x {budget.beyond:.1f}" if budget.beyond > 1 else "within"
-            lines.append(f"| {percent(target, 0)} | {name} | {_rounded(budget.tokens)} | {ends} | {beyond} |")
-    if not sized:
-        lines += ["", "Of other model sizes nothing can be said: fewer than three were measured."]
-    return [*lines, ""]
+                return [*lines[:-2], "What tokens would take to a target is not told: they do not measurably help.", ""]
+            ends = f"{rounded(budget.low)} to {rounded(budget.high)}"
+            # Where it takes more tokens than are named, it is beyond by at least so much.
+            found = law.beyond({**at, "tokens": budget.tokens or MOST})
+            far = ", ".join(f"x {times:,.1f} {QUANTITIES[quantity]}" for quantity, times in found.items())
+            grows = law.adapter_grows and "model_parameters" in found
+            parameters = "grow with it" if grows else f"{at['parameters']:,.0f}"
+            cells = [percent(target, 0), name, parameters, rounded(budget.tokens), ends, far or "within"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, *(["", without] if without else []), ""]
 
 
-def _rounded(tokens: float) -> str:
-    """Three digits: a prediction has no more."""
-    return f"{float(f'{tokens:.3g}'):,.0f}"
+def _places(law: Law, measured: Sequence[Mapping[str, float]]) -> tuple[list[tuple[str, dict[str, float]]], str]:
+    """Model sizes to predict at, by name, with their adapters; and why there are no larger ones."""
+    largest = max(point["model_parameters"] for point in measured)
+    adapters = sorted({p["parameters"] for p in measured if p["model_parameters"] == largest})
+    ends = [adapters[0], adapters[-1]] if "parameters" in law.names and len(adapters) > 1 else [adapters[-1]]
+    places = [("as measured", {"parameters": end, "model_parameters": largest}) for end in ends]
+    if "model_parameters" not in law.names:
+        return places, "Of other model sizes nothing can be said: fewer than three were measured."
+    if not law.is_sure("model_parameters"):
+        return places, "Of larger models nothing can be said: the exponent of their size is not told from zero."
+    larger = {name: size for name, size in SIZES.items() if size > largest}
+    places += [(name, {"parameters": ends[-1], "model_parameters": size}) for name, size in larger.items()]
+    return places, ""
 
 
 def _accuracy_lines(members: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -245,6 +258,8 @@ def _accuracy_lines(members: Sequence[Mapping[str, Any]]) -> list[str]:
         )
     by_size: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in members:
+        if row["result"]["ar_percent"]["gap"] is None:  # no benchmarks
+            continue
         by_size.setdefault(tuple(label for axis, label in row["labels"].items() if axis != SEED), []).append(
             row["result"]
         )

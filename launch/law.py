@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from eval.evidence import parameters_of
-from eval.law import Law
+from eval.law import QUANTITIES, Law, rounded
 from launch.recipe import Recipe
 from launch.resolve import resolve_names
 from recovery.errors import UserError
@@ -55,29 +55,34 @@ def sized_by_law(recipe: Recipe, path: Path, series: str | None, target: float) 
     size = float(parameters_of(resolve_names(recipe, HashMemory(None)).reference))
     at = {"parameters": float(adapter_parameters(recipe)), "model_parameters": size}
     budget = law.tokens_for(target, at)
-    if budget is None:
-        raise UserError(
-            f"--target {target:g}",
-            f"series {name} says of no number of tokens that it reaches that",
-            "ask for less, or measure more sizes",
-        )
+    if budget is None or budget.tokens is None:
+        why = "tokens do not measurably help" if budget is None else f"it takes {rounded(None)} tokens"
+        raise UserError(f"--target {target:g}", f"by series {name} {why}", "ask for less, or measure more sizes")
     per_sample = min(per_sample, recipe.generate.max_length)
     samples = math.ceil(budget.tokens / max(recipe.train.epochs, 1) / per_sample)
-    ends = " to ".join("more than can be named" if end is None else f"{end:,.0f}" for end in (budget.low, budget.high))
     claim = (
-        f"law of {path}, series {name}: {100 * target:g} % of the KL at {budget.tokens:,.0f} trained tokens ({ends}), "
-        f"so generate.samples={samples} of {per_sample:,.0f} tokens each, as measured; predicted"
+        f"law of {path}, series {name}: {100 * target:g} % of the KL at {rounded(budget.tokens)} trained tokens "
+        f"({rounded(budget.low)} to {rounded(budget.high)}), so generate.samples={samples} of {per_sample:,.0f} tokens "
+        "each, as measured; predicted"
     )
+    notes = {
+        "tokens": "a power law has no floor",
+        "model_parameters": _known(law, "model_parameters"),
+        "parameters": "it grew with the models' size" if law.adapter_grows else _known(law, "parameters"),
+    }
+    found = {**at, "tokens": budget.tokens}
     lines = [claim]
-    if budget.beyond > 1:
-        lines.append(
-            f"NOTE  that is {budget.beyond:.1f} times the most that was measured, and a power law has no floor"
-        )
-    for quantity, what in (("model_parameters", "model"), ("parameters", "adapter")):
+    for quantity in law.beyond(found):
         low, high = law.measured[quantity]
-        if not low / 1.01 <= at[quantity] <= high * 1.01:
-            known = "by its law" if quantity in law.names else "without one: it was not varied"
-            found = f"{at[quantity]:,.0f} parameters, measured were {low:,.0f} to {high:,.0f}"
-            lines.append(f"NOTE  this {what} has {found}; {known}")
+        lines.append(
+            f"NOTE  {QUANTITIES[quantity]}: {found[quantity]:,.0f} is beyond what was measured, {low:,.0f} to "
+            f"{high:,.0f}; {notes[quantity]}"
+        )
     sized = recipe.generate.model_copy(update={"samples": samples})
     return recipe.model_copy(update={"generate": sized}), "\n".join(lines)
+
+
+def _known(law: Law, quantity: str) -> str:
+    if quantity not in law.names:
+        return "the law does not know it: it was not varied"
+    return "by its exponent" if law.is_sure(quantity) else "its exponent is not told from zero"

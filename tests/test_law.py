@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from eval.law import Law, fit, trend
+from eval.law import Law, NoLaw, fit, trend
 from eval.scaling import laws_file, plot_plane, plot_scaling, scaling_text, series_of
 from launch.law import read_law
 from recovery.errors import UserError
@@ -39,54 +39,69 @@ def points(
 
 def test_the_exponents_come_back_within_their_intervals():
     law = fit(points(0, noise=0.0, sizes=(1e8, 1e9, 7e9)))
-    assert law is not None
     assert law.names == ("tokens", "model_parameters")
     assert law.coefficients == pytest.approx((math.log(2), -0.4, 0.1), abs=1e-6)
     inside = 0
     for seed in range(200):
         found = fit(points(seed))
-        assert found is not None
         inside += found.low[1] <= -0.4 <= found.high[1]
     assert 180 <= inside <= 199  # of 200 intervals of 95 %
 
 
 def test_a_budget_is_where_the_law_reaches_the_target():
     law = fit(points(1, sizes=(1e8, 1e9, 7e9)))
-    assert law is not None
     at = {"parameters": 1e6, "model_parameters": 7e10}
     budget = law.tokens_for(0.9, at)
     assert budget is not None
+    assert budget.tokens is not None
     assert law.left({**at, "tokens": budget.tokens})[0] == pytest.approx(0.1, rel=1e-2)
     truth = (2 * 7e10**0.1 / 0.1) ** (1 / 0.4)
     assert budget.low is not None
     assert budget.high is not None
     assert budget.low < truth < budget.high
-    assert budget.beyond == pytest.approx(budget.tokens / 16e4)
+    assert law.beyond({**at, "tokens": 32e4}) == pytest.approx({"model_parameters": 10, "tokens": 2})
+    assert law.beyond({"tokens": 5e3, "parameters": 1e6}) == pytest.approx({"tokens": 2})
     again = Law.from_json(json.loads(json.dumps(law.to_json())))
     assert again == law
+    far = law.tokens_for(1 - 1e-9, at)
+    assert far is not None
+    assert far.tokens is None  # they help, and it takes more than are named
+
+
+def refusal(made: list[dict[str, float]]) -> str:
+    with pytest.raises(NoLaw) as caught:
+        fit(made)
+    return str(caught.value)
 
 
 def test_nothing_is_said_of_what_was_not_varied():
-    law = fit(points(2))
-    assert law is not None
-    assert law.names == ("tokens",)
-    assert fit(points(2)[:4]) is None  # two values of tokens
-    assert fit([{**point, "tokens": 1e4} for point in points(2)]) is None
+    assert fit(points(2)).names == ("tokens",)
+    assert "has 3 values in 4 finished points" in refusal(points(2)[:4])
+    assert "has 3 values" in refusal([{**point, "tokens": 1e4} for point in points(2)])
+    assert "3 finished points, and tokens need 4" in refusal(points(2, repeats=1)[:3])
     flat = fit([{**point, "left": 0.5 + 0.01 * (number % 3)} for number, point in enumerate(points(2))])
-    assert flat is not None
     assert flat.tokens_for(0.9, {"parameters": 1e6, "model_parameters": 1e8}) is None
     # Seeds differ a little in their tokens; that is no variation.
-    seeds = [{**point, "tokens": 1e4 * (1 + 0.01 * number)} for number, point in enumerate(points(2))]
-    assert fit(seeds) is None
+    assert "has 3 values" in refusal([{**point, "tokens": 1e4 * (1 + 0.01 * n)} for n, point in enumerate(points(2))])
     # Both grow together: whose merit it is cannot be told.
-    assert fit([{**point, "parameters": point["tokens"] * 10} for point in points(2)]) is None
+    assert "grow together" in refusal([{**point, "parameters": point["tokens"] * 10} for point in points(2)])
+
+
+def test_adapters_that_grow_with_their_models_have_no_exponent_of_their_own():
+    """As those of one rank do: parameters go with the square root of the model's size, nearly."""
+    made = points(4, sizes=(1e8, 1e9, 7e9))
+    law = fit([{**point, "parameters": 30 * point["model_parameters"] ** 0.52} for point in made])
+    assert law.names == ("tokens", "model_parameters")
+    assert law.adapter_grows
+    assert not fit(made).adapter_grows
 
 
 def rows() -> list[dict[str, Any]]:
     """Of a study over samples and seeds, with one series that has two points only."""
     found = []
     for number, point in enumerate(points(3)):
-        ar = {"value": 10.0 + 5 * number, "low": -2.0 + 5 * number, "high": 22.0 + 5 * number, "measurable": True}
+        ar = {"value": 10.0 + 5 * number, "low": -2.0 + 5 * number, "high": 22.0 + 5 * number}
+        ar |= {"measurable": True, "gap": 0.1}
         kl = {"degraded": 4.0, "recovered": 4 * min(point["left"], 0.9), "recovery": 1 - min(point["left"], 0.9)}
         kept = {name: point[name] for name in ("tokens", "parameters", "model_parameters")}
         kept["tokens"] *= 1 + 0.01 * (number % 2)  # each seed's corpus has its own length
@@ -104,7 +119,7 @@ def test_the_page_of_a_scaling_study(tmp_path: Path):
         "rounding": (2, True),
     }
     text = scaling_text(series)
-    assert "No law: 2 finished points" in text
+    assert "No law: none of tokens, adapter parameters, model size has 3 values in 2 finished points." in text
     assert "Of other model sizes nothing can be said" in text
     assert "AR% grows by" in text
     assert "AR% interval above zero: 20,000 trained tokens" in text
@@ -112,6 +127,52 @@ def test_the_page_of_a_scaling_study(tmp_path: Path):
     for draw in (lambda path: plot_scaling(series, path), lambda path: plot_plane(rows(), path)):
         draw(tmp_path / "picture.png")
         assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def sized_rows(sizes: tuple[float, ...], exponent: float) -> list[dict[str, Any]]:
+    """Of a study over model sizes and samples, with adapters of two sizes for every model."""
+    template, found = rows()[0], []
+    for number, point in enumerate(points(5, sizes=sizes)):
+        kl = {"degraded": 40.0, "recovered": point["left"] * point["model_parameters"] ** (exponent - 0.1)}
+        kl["recovery"] = 0.5
+        kept = {name: point[name] for name in ("tokens", "model_parameters")} | {"parameters": 1e6 * (1 + number % 2)}
+        found.append({**template, "labels": {"x": str(number)}, "result": {**template["result"], "kl": kl, **kept}})
+    return found
+
+
+def test_larger_models_are_told_as_such():
+    """Of sizes that were measured to 7e9: 13B and 70B are beyond, each by as much as it is; 7B is there."""
+    text = scaling_text(series_of(sized_rows((1e8, 1e9, 7e9), 0.1), ["x"]))
+    lines = [line for line in text.splitlines() if line.startswith("| 90 %")]
+    assert [line.split(" | ")[1] for line in lines] == ["as measured", "13B", "70B"]
+    assert "model size" not in lines[0]
+    assert "x 1.9 model size" in lines[1]
+    assert "x 10.0 model size" in lines[2]
+    assert "Of larger models nothing can be said" in scaling_text(series_of(sized_rows((1e8, 1e9, 7e9), 0.0), ["x"]))
+
+
+def test_a_budget_names_the_adapter_that_it_is_for():
+    """Over tokens and rank: the smallest adapter needs more than the largest, and both are told."""
+    template, found = rows()[0], []
+    for point in points(6, repeats=1):
+        for parameters in (1e6, 2e6, 4e6):
+            kl = {"degraded": 1.0, "recovered": point["left"] * (parameters / 1e6) ** -0.3, "recovery": 0.5}
+            kept = {"tokens": point["tokens"], "model_parameters": 1e8, "parameters": parameters}
+            found.append({**template, "labels": {"x": "x"}, "result": {**template["result"], "kl": kl, **kept}})
+    text = scaling_text(series_of(found, ["x"]))
+    small, large = (line.split(" | ") for line in text.splitlines() if line.startswith("| 90 %"))
+    assert [small[2], large[2]] == ["1,000,000", "4,000,000"]
+    assert float(small[3].replace(",", "")) > 2 * float(large[3].replace(",", ""))
+
+
+def test_points_without_a_share_are_left_out():
+    """A recovery to nothing left, or of no damage, has no logarithm; the residuals stay with their points."""
+    made = rows()
+    for number, kl in ((0, {"degraded": 4.0, "recovered": -1e-9}), (1, {"degraded": 0.0, "recovered": 0.0})):
+        made[number]["result"]["kl"] = {**kl, "recovery": None}
+    (one, *_) = series_of(made, ["samples"])
+    assert one.law is not None
+    assert len(one.members) == len(one.law.residuals) == 8
 
 
 def test_ar_grows_with_the_logarithm_of_tokens():
@@ -134,7 +195,8 @@ def test_a_plan_takes_its_corpus_from_a_law(
     printed = capfd.readouterr().out
     assert "90 % of the KL at" in printed
     assert "power law has no floor" in printed
-    assert "without one: it was not varied" in printed
+    assert "NOTE  model size: " in printed
+    assert "the law does not know it: it was not varied" in printed
     samples = int(printed.partition("generate.samples=")[2].partition(" ")[0])
     tokens = float(printed.partition("of the KL at ")[2].partition(" trained")[0].replace(",", ""))
     assert samples == pytest.approx(tokens / 2 / 30, rel=0.01)
