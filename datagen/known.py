@@ -11,7 +11,7 @@ from pathlib import Path
 
 from datagen.config import GenerateJob
 from recovery.artifacts import MANIFEST, verify
-from recovery.errors import UserError
+from recovery.errors import UserError, first_line
 from recovery.files import read_json
 
 log = logging.getLogger("recover-lora")
@@ -36,5 +36,5 @@ def known_corpora(job: GenerateJob) -> list[Path]:
                 verify(folder)
                 found.append(folder)
         except (OSError, UserError, ValueError, LookupError, TypeError) as error:
-            log.warning("%s is not taken from: %s", folder.name, str(error).splitlines()[0])
+            log.warning("%s is not taken from: %s", folder.name, first_line(error))
     return found

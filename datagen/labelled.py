@@ -20,7 +20,7 @@ from datagen.config import LabelledJob
 from recovery.artifacts import Workspace
 from recovery.corpus import SUMMARY, TOKENIZER, Sample, write_shard
 from recovery.corpus_statistics import summarize
-from recovery.errors import UserError
+from recovery.errors import UserError, first_line
 from recovery.files import arrow_files, write_json
 from recovery.progress import progress
 from recovery.sources import load_tokenizer
@@ -104,7 +104,7 @@ def open_set(name: str, folder: Path | None) -> Dataset:
         path, _, revision = name.partition("@")
         return load_dataset(path, split="train", revision=revision or None)
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise UserError(f"labelled.sets ({name})", f"cannot be read ({first})", "name a folder or a hub id") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from eval.causes import causes, want_of_text
@@ -192,12 +193,19 @@ def _origin(job: ReportJob, evidence: Evidence) -> str:
         f"- seed: {job.seed}",
     ]
     runs = job.runtime.output.parent.parent
+    given = again(runs / job.name, runs)
     commands = f"""\
 ```
-recover-lora run {shlex.quote(str(runs / job.name / "recipe.yaml"))}
-recover-lora diagnose --run {shlex.quote(str(runs / job.name / "recipe.yaml"))}
-recover-lora deliver {shlex.quote(str(runs / job.name / "recipe.yaml"))}
+recover-lora run {given}
+recover-lora diagnose --run {given}
+recover-lora deliver {given}
 ```"""
     return (
         "## Where it came from\n\n" + "\n".join(lines) + f"\n\nAgain, what limits it, and to hand it on:\n\n{commands}"
     )
+
+
+def again(run_folder: Path, runs_dir: Path) -> str:
+    """The arguments with which a command takes a run as it was."""
+    files = shlex.quote(str(run_folder / "recipe.yaml")), shlex.quote(str(run_folder / "cluster.yaml"))
+    return f"{files[0]} --cluster {files[1]} --runs-dir {shlex.quote(str(runs_dir))}"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eval.config import KNOWN, BenchmarkData
-from recovery.errors import UserError, UserErrors
+from recovery.errors import UserError, UserErrors, first_line
 from recovery.files import HashMemory, arrow_files, digest_of
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def _hub_split(name: str, definition: dict[str, Any]) -> tuple[Dataset, str]:
     except (OSError, ValueError) as error:
         raise UserError(
             f"evaluate.tasks ({name})",
-            f"its dataset {path} cannot be had from the hub ({str(error).strip().splitlines()[0]})",
+            f"its dataset {path} cannot be had from the hub ({first_line(error)})",
             "name a folder with the data in evaluate.data_dir",
         ) from error
     return dataset, split

@@ -18,7 +18,7 @@ from launch.resolve import Builder, Stage, artifact_of
 from launch.servers import ServerPool, Serving
 from launch.share import PORTS
 from launch.tracking import register
-from recovery.errors import EXIT_DONE, Unavailable, UserError
+from recovery.errors import EXIT_DONE, Unavailable, UserError, first_line
 from recovery.files import HashMemory, sha256_of
 from recovery.placement import skeleton
 from recovery.sources import check_packing
@@ -170,6 +170,6 @@ def push(folder: Path, repository: str) -> str:
     except UserError:
         raise
     except Exception as error:  # the client passes on what its network library raises
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        said = first_line(error)
         raise Unavailable(f"the hub did not take it ({said}); nothing here has changed") from error
     return f"{api.endpoint}/{repository}"

@@ -25,8 +25,16 @@ from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER,
 from recovery.files import HashMemory, write_atomic
 
 log = logging.getLogger("recover-lora")
-RECIPE = "recipe.yaml"
-"""In a run's folder: the recipe with all overrides, which makes the run again."""
+RECIPE, CLUSTER = "recipe.yaml", "cluster.yaml"
+"""In a run's folder: the recipe with all overrides and where it ran, which together make the run again."""
+
+
+def write_origin(recipe: Recipe, cluster: Cluster, run_folder: Path) -> tuple[Path, Path]:
+    """What makes the run again, into its folder."""
+    run_folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(run_folder / RECIPE, recipe.to_yaml())
+    write_atomic(run_folder / CLUSTER, cluster.to_yaml(), private=True)  # it may name keys of servers
+    return run_folder / RECIPE, run_folder / CLUSTER
 
 
 @dataclass(frozen=True)
@@ -81,14 +89,15 @@ class Plan:
         processes is started again after it failed; it goes on from its last checkpoint. in_turn: other points are at
         work, whose stages are waited for where this one needs them too.
         """
-        if not self.todo(memory):
+        # A point whose study was killed just before its end still has to tell MLflow of it.
+        if not self.todo(memory) and parent is None:
             return self._run_stages(self.wanted, memory, max_restarts, in_turn)
         check_models(self.recipe, self.names)
         from launch.tracking import tracked
         from recovery.stage import set_up_logging
 
         set_up_logging("run", self.run_folder / "logs" / "run.log")
-        write_atomic(self.run_folder / RECIPE, self.recipe.to_yaml())
+        write_origin(self.recipe, self.cluster, self.run_folder)
         with tracked(self.recipe, self.runs_dir, parent, self.stages, self.cluster) as run:
             stages = [stage.tracked_by(run.tracking) for stage in self.wanted]
             run.code = self._run_stages(stages, memory, max_restarts, in_turn)

@@ -16,10 +16,13 @@ from typing import Any
 import optuna
 
 from launch.execution import Plan
+from launch.outcomes import alone
 from launch.study import Halving, Point
 from recovery.artifacts import folder_of
-from recovery.files import held_out_lines, read_lines
+from recovery.files import held_out_lines
 
+HALVING = "halving.jsonl"
+"""In the study's folder: the measurements that points were judged by."""
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -42,44 +45,70 @@ class Race:
 
 
 class Races:
-    """All races of a study; none without halving. log: a JSONL file of what was seen, in its order."""
+    """All races of a study; none without halving. folder: the study's, where what was seen is kept in its order, also
+    by other commands that run slices of it."""
 
-    def __init__(self, settings: Halving | None, points: Mapping[str, Point], log: Path) -> None:
-        self._settings, self._points, self._log = settings, points, log
+    def __init__(self, settings: Halving | None, points: Mapping[str, Point], folder: Path) -> None:
+        self._settings, self._points, self._folder = settings, points, folder
         self._races: dict[tuple[str, ...], Race] = {}
-        self._seen: dict[str, int] = {}
-        """Measurements of each point."""
+        self._seen: set[tuple[str, int]] = set()
+        """Points' keys, and tokens."""
+        self._read = 0
+        """Bytes of the log."""
         self._behind: dict[str, str] = {}
-        if settings is None:
-            return
-        for line in read_lines(log):
-            if line["point"] in points and line["settings"] == settings.model_dump_json():
-                self._take(line["point"], line["train"], line["tokens"], line["kl"])
+        if settings is not None:
+            with alone(folder):
+                self._catch_up()
 
     def observe(self, point: str, plan: Plan) -> str | None:
         """Take in what a point has measured since the last time. Why it is to be stopped, or None."""
         stage = next((stage for stage in plan.stages if stage.label == "train"), None)
         if self._settings is None or stage is None:
             return None
-        key = f"{point} {stage.job.artifact_name}"
+        train = stage.job.artifact_name
         trained = [line for line in held_out_lines(folder_of(stage.job)) if line["tokens"] > 0]
-        for line in trained[self._seen.get(key, 0) :]:
-            self._write({"point": point, "train": stage.job.artifact_name, "tokens": line["tokens"], "kl": line["kl"]})
-            self._take(point, stage.job.artifact_name, line["tokens"], line["kl"])
-        return self._behind.get(key)
+        if any((_key(point, train), line["tokens"]) not in self._seen for line in trained):
+            with alone(self._folder):
+                self._catch_up()
+                for line in trained:
+                    if (_key(point, train), line["tokens"]) not in self._seen:
+                        self._write({"point": point, "train": train, "tokens": line["tokens"], "kl": line["kl"]})
+                self._catch_up()
+        return self._behind.get(_key(point, train))
+
+    def _catch_up(self) -> None:
+        """Judge by the lines that are new. A last line that a kill cut short is removed: its writer measures again."""
+        log = self._folder / HALVING
+        if not log.exists():
+            return
+        with log.open("r+b") as file:
+            file.seek(self._read)
+            whole = file.read().rpartition(b"\n")
+            new = whole[0] + whole[1]
+            self._read += len(new)
+            file.truncate(self._read)
+        assert self._settings is not None
+        for text in new.splitlines():
+            line = json.loads(text)
+            if line["point"] in self._points and line["settings"] == self._settings.model_dump_json():
+                self._take(line["point"], line["train"], line["tokens"], line["kl"])
 
     def _take(self, point: str, train: str, tokens: int, kl: float) -> None:
         assert self._settings is not None
         labels = self._points[point].labels
         group = tuple(label for axis, label in labels.items() if axis not in self._settings.among)
         race = self._races.setdefault(group, Race(self._settings))
-        key = f"{point} {train}"  # another recipe under the same name is another point
-        self._seen[key] = self._seen.get(key, 0) + 1
+        key = _key(point, train)
+        self._seen.add((key, tokens))
         if race.take(key, tokens, kl) and key not in self._behind:
             self._behind[key] = f"stopped at {tokens:,} tokens: its KL of {kl:.3f} is behind the others'"
 
     def _write(self, line: dict[str, Any]) -> None:
         assert self._settings is not None
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("a") as file:
+        with (self._folder / HALVING).open("a") as file:
             file.write(json.dumps({**line, "settings": self._settings.model_dump_json()}) + "\n")
+
+
+def _key(point: str, train: str) -> str:
+    """Another recipe under the same name is another point."""
+    return f"{point} {train}"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from recovery.config import ModelInput
-from recovery.errors import UserError
+from recovery.errors import UserError, first_line
 from recovery.files import HashMemory, digest_of, read_json
 from recovery.sources import is_gguf, weight_files
 
@@ -82,7 +82,7 @@ def _hub(value: str, revision: str | None, where: str) -> ModelInput:
             raise UserError(where, f"{value} has no safetensors weights on the hub", "choose a model that has")
         commit = str(info.sha)
     except HfHubHTTPError as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise UserError(
             where,
             f"neither a folder here nor a model the hub gives: {value} ({first})",

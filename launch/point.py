@@ -17,7 +17,7 @@ from pathlib import Path
 from launch.cluster import load_cluster
 from launch.execution import Plan
 from launch.recipe import load_recipe
-from recovery.errors import UserError
+from recovery.errors import UserError, first_line
 from recovery.files import HashMemory
 from recovery.stage import exit_code_of
 
@@ -50,7 +50,7 @@ def main() -> None:
             note = note_of(given.recipe.parent)
             note.parent.mkdir(parents=True, exist_ok=True)
             with note.open("a") as file:
-                file.write(f"error: {error if isinstance(error, UserError) else str(error).splitlines()[0]}\n")
+                file.write(f"error: {error if isinstance(error, UserError) else first_line(error)}\n")
     sys.exit(code)
 
 

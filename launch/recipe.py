@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -15,7 +14,7 @@ from datagen.config import Generate, Labelled
 from eval.config import Evaluate
 from recovery.config import Adapter, Models, OnlineTeacher, SparseLogitsTeacher, Teacher, Train
 from recovery.damage_config import Damage
-from recovery.errors import UserError, UserErrors
+from recovery.errors import UserError, UserErrors, without_credentials
 from recovery.settings import Config
 
 MOST_VALUES = 100_000
@@ -24,8 +23,6 @@ MOST_SHOWN = 200
 """Characters of what was found, in an error."""
 OF_YAML = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 """What PyYAML's own constructors raise (impossible dates, unknown truth values), beside YAMLError."""
-CREDENTIALS = re.compile(r"//[^/\s'\"]*@")
-"""The user and password of a URL, up to the last @ before its path."""
 ConfigType = TypeVar("ConfigType", bound=Config)
 
 
@@ -129,7 +126,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(str(path), error.strerror or "not readable", "give the path of a YAML file") from error
     except (yaml.YAMLError, *OF_YAML) as error:
-        said = _short(CREDENTIALS.sub("//", " ".join(str(error).split())))
+        said = _short(without_credentials(" ".join(str(error).split())))
         raise UserError(str(path), f"not YAML ({said})", "mend the file") from error
     if _values(content, MOST_VALUES) > MOST_VALUES:
         raise UserError(str(path), f"more than {MOST_VALUES} values, its anchors followed", "write it shorter")
@@ -192,7 +189,7 @@ def _user_error(kind: type[BaseModel], path: Path, fault: Any) -> UserError:
     parts, models = _follow(kind, fault["loc"])
     where = ".".join(map(str, parts)) or str(path)
     found = fault["input"]
-    shown = _short(CREDENTIALS.sub("//", repr(found))) if not isinstance(found, dict) else "a section"
+    shown = _short(without_credentials(repr(found))) if not isinstance(found, dict) else "a section"
     if fault["type"] == "extra_forbidden":
         _, models = _follow(kind, fault["loc"][:-1])
         known = sorted({name for model in models for name in model.model_fields})

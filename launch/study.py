@@ -24,17 +24,16 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from launch.cluster import Cluster
 from launch.distributed import start_of
 from launch.execution import Plan
+from launch.outcomes import Outcome, read_outcomes
 from launch.pipeline import job_file_of
 from launch.recipe import Recipe, check_config, load_config, read_yaml, set_field
 from recovery.artifacts import folder_of
 from recovery.errors import UserError, UserErrors
-from recovery.files import HashMemory, held_out_lines, read_json
+from recovery.files import HashMemory, held_out_lines
 from recovery.settings import Config
 
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 MOST_POINTS = 10_000
-FAILURES, STOPPED = "failures.json", "stopped.json"
-"""In the study's folder: why points failed, and why successive halving stopped them, by name."""
 
 
 class Halving(Config):
@@ -158,8 +157,8 @@ class State:
 
     done: int
     stages: int
-    failure: str | None
-    """Why it ended without a result, in words that begin with `failed` or `stopped`."""
+    ended: Outcome | None = None
+    """Known of one that has no result."""
     at: str | None = None
     """The stage at work, or where it stopped."""
 
@@ -167,16 +166,11 @@ class State:
     def finished(self) -> bool:
         return self.done == self.stages
 
-    @property
-    def stopped(self) -> bool:
-        """By successive halving."""
-        return self.failure is not None and self.failure.startswith("stopped")
-
     def __str__(self) -> str:
+        if self.ended is not None:
+            return f"done; the last attempt {self.ended}" if self.finished else str(self.ended)
         if self.finished:
             return "done"
-        if self.failure is not None:
-            return self.failure
         return f"{self.done} of {self.stages} stages{f'; {self.at}' if self.at else ''}"
 
 
@@ -188,13 +182,12 @@ def plans_of(points: Sequence[Point], cluster: Cluster, runs_dir: Path) -> dict[
 
 def states(plans: Mapping[str, Plan], folder: Path) -> dict[str, State]:
     """Of every point, by name; finished artifacts are counted, not verified. folder: the study's."""
-    ended = {name: f"failed: {why}" for name, why in read_notes(folder / FAILURES).items()}
-    ended |= read_notes(folder / STOPPED)
+    ended = read_outcomes(folder)
     return {name: state_of(plan, ended.get(name)) for name, plan in plans.items()}
 
 
-def state_of(plan: Plan, ended: str | None) -> State:
-    """ended: why it has no result, where that is known."""
+def state_of(plan: Plan, ended: Outcome | None = None) -> State:
+    """ended: how it did the last time, where that is known."""
     left = [stage for stage in plan.stages if not stage.job.runtime.output.exists()]
     begun = next((stage for stage in left if folder_of(stage.job).exists()), None)
     at = None
@@ -203,16 +196,14 @@ def state_of(plan: Plan, ended: str | None) -> State:
         measured = held_out_lines(folder_of(begun.job))
         if measured:
             at += f" at {measured[-1]['tokens']:,} tokens, held-out KL {measured[-1]['kl']:.3f}"
-    return State(len(plan.stages) - len(left), len(plan.stages), ended, at)
-
-
-def read_notes(path: Path) -> dict[str, str]:
-    return read_json(path) if path.exists() else {}
+    without = ended if ended is not None and ended.end != "done" else None  # done, but removed since
+    return State(len(plan.stages) - len(left), len(plan.stages), without, at)
 
 
 def is_whole(plans: Mapping[str, Plan], folder: Path) -> bool:
     """Whether no point is left to run. folder: the study's."""
-    return all(state.finished or state.stopped for state in states(plans, folder).values())
+    found = states(plans, folder).values()
+    return all(state.finished or (state.ended is not None and state.ended.end == "stopped") for state in found)
 
 
 def status_table(found: Mapping[str, State]) -> str:
@@ -234,7 +225,7 @@ def show_status(plans: Mapping[str, Plan], folder: Path, *, watch: bool) -> None
         while True:
             found = states(plans, folder)
             live.update(Text(status_table(found)))
-            if all(state.finished or state.failure is not None for state in found.values()):
+            if all(state.finished or state.ended is not None for state in found.values()):
                 return
             time.sleep(1)
 

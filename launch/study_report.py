@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.markdown import again
 from eval.matrix import markdown, plot_recoveries, result_of
 from eval.page import html_page
 from eval.scaling import laws_file, plot_plane, plot_scaling, scaling_text, series_of
-from launch.execution import RECIPE, Plan
+from launch.execution import CLUSTER, Plan
+from launch.outcomes import alone
 from launch.study import Point, Study, state_of
-from recovery.errors import UserError
+from recovery.errors import UserError, first_line
 from recovery.files import read_json, write_atomic, write_json
 
 log = logging.getLogger("recover-lora")
@@ -37,7 +38,7 @@ def write_report(
             {
                 "labels": point.labels,
                 "result": result_of(read_json(summary)) if done else None,
-                "note": "" if done else failures.get(point.name) or str(state_of(plan, None)),
+                "note": "" if done else failures.get(point.name) or str(state_of(plan)),
                 "predicted": forecasts.get(forecast_key(plan)) if is_forecast(plan) else None,
             }
         )
@@ -53,15 +54,19 @@ def write_report(
         plot_scaling(series, folder / "scaling.png")
         parts.append(scaling_text(series))
         write_json(folder / LAWS, {"study": study.name, "series": laws_file(series)})
-    text = "\n\n".join([*parts, commands_text(plans)])
+    text = "\n\n".join(filter(None, [*parts, commands_text(plans)]))
     write_atomic(folder / "results.md", text)
     write_atomic(folder / "results.html", html_page(study.name, text, folder))
 
 
 def commands_text(plans: Mapping[str, Plan]) -> str:
-    """How every point is made again."""
-    lines = [f"recover-lora run {shlex.quote(str(plan.run_folder / RECIPE))}" for plan in plans.values()]
-    return "\n".join(["## Commands", "", "Every point by itself:", "", "```", *lines, "```", ""])
+    """How every point that was begun is made again."""
+    lines = [
+        f"recover-lora run {again(plan.run_folder, plan.runs_dir)}"
+        for plan in plans.values()
+        if (plan.run_folder / CLUSTER).exists()
+    ]
+    return "\n".join(["## Commands", "", "Every point by itself:", "", "```", *lines, "```", ""]) if lines else ""
 
 
 def agreement(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -84,17 +89,22 @@ def is_forecast(plan: Plan) -> bool:
 
 
 def forecast_key(plan: Plan) -> str:
+    """Of the models' contents, not of their places."""
     adapter = plan.recipe.adapter
     place = adapter.placement if isinstance(adapter.placement, str) else ",".join(adapter.placement)
-    return f"{degraded_of(plan)} {place} {adapter.rank}"
+    return f"{' '.join(models_of(plan))} {place} {adapter.rank}"
 
 
-def degraded_of(plan: Plan) -> str:
+def models_of(plan: Plan) -> tuple[str, str]:
+    """What names reference and degraded model by their content."""
+    given = plan.names.degraded
+    return plan.names.reference.digest, given.digest if given is not None else plan.stages[0].job.artifact_name
+
+
+def degraded_of(plan: Plan) -> Path:
     """The folder of the degraded model."""
-    if plan.stages[0].label == "degrade":
-        return str(plan.stages[0].job.runtime.output)
-    assert plan.names.degraded is not None
-    return plan.names.degraded.path
+    given = plan.names.degraded
+    return Path(given.path) if given is not None else plan.stages[0].job.runtime.output
 
 
 def known_forecasts(folder: Path) -> dict[str, float]:
@@ -103,7 +113,8 @@ def known_forecasts(folder: Path) -> dict[str, float]:
 
 
 def make_forecasts(plans: Sequence[Plan], folder: Path) -> None:
-    """Forecast the KL recovery of the points whose damage is there, as `diagnose` does, once for each damage."""
+    """Forecast the KL recovery of the points whose damage is there, as `diagnose` does, once for each damage. What
+    cannot be forecast is warned of and left out."""
     from launch.diagnose import weigh_on_text
     from recovery.config import ModelInput
     from recovery.costs import predict
@@ -111,22 +122,29 @@ def make_forecasts(plans: Sequence[Plan], folder: Path) -> None:
     from recovery.placement import check_adapter
 
     known = known_forecasts(folder)
-    wanted: dict[str, list[Plan]] = {}
+    wanted: dict[tuple[str, str], list[Plan]] = {}
     for plan in plans:
-        if is_forecast(plan) and forecast_key(plan) not in known and Path(degraded_of(plan)).exists():
-            wanted.setdefault(degraded_of(plan), []).append(plan)
-    for degraded, group in wanted.items():
+        if is_forecast(plan) and forecast_key(plan) not in known and degraded_of(plan).exists():
+            wanted.setdefault(models_of(plan), []).append(plan)
+    for group in wanted.values():
+        degraded = degraded_of(group[0])
         log.info("forecast for %s", degraded)
-        reference = Path(group[0].names.reference.path)
         try:
-            costs, spectra = weigh_on_text(reference, Path(degraded), FORECAST_TOKENS, checked=0)
-        except UserError as error:
-            log.warning("no forecast: %s", error)
+            costs, spectra = weigh_on_text(Path(group[0].names.reference.path), degraded, FORECAST_TOKENS, checked=0)
+            model = load_model(ModelInput(path=str(degraded), digest=""), None, placed=False)
+        except (UserError, OSError, ValueError) as error:
+            log.warning("no forecast for %s: %s", degraded, first_line(error))
             continue
-        model = load_model(ModelInput(path=degraded, digest=""), None, placed=False)
+        if not costs.degraded.kl > 0:
+            log.warning("no forecast for %s: it does as its reference does", degraded)
+            continue
         for plan in group:
-            ranks = dict.fromkeys(check_adapter(model, plan.recipe.adapter), plan.recipe.adapter.rank)
+            try:
+                ranks = dict.fromkeys(check_adapter(model, plan.recipe.adapter), plan.recipe.adapter.rank)
+            except UserError as error:
+                log.warning("no forecast for %s: %s", plan.recipe.name, error)
+                continue
             left = predict(spectra, ranks, costs.degraded.kl, costs.floor)
             known[forecast_key(plan)] = 1 - left / costs.degraded.kl
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / FORECASTS, known)
+        with alone(folder):
+            write_json(folder / FORECASTS, {**known_forecasts(folder), **known})

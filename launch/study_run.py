@@ -1,7 +1,7 @@
 """Running a study: its points as processes, one or several at a time, and what becomes of them.
 
 A point that fails is tried once more after the others, unless the mistake is the user's, and told of at the end. The
-same command goes on after any kill.
+same command goes on after any kill. Several commands may work on one study, each on a slice of it.
 """
 
 from __future__ import annotations
@@ -20,18 +20,17 @@ from typing import IO
 from tqdm import tqdm
 
 from launch.cluster import Cluster
-from launch.execution import RECIPE, Plan
+from launch.execution import Plan, write_origin
 from launch.halving import Races
+from launch.outcomes import Outcome, alone, change_outcomes, is_done, read_outcomes, reasons
 from launch.point import note_of
 from launch.share import Share, shares_of
-from launch.study import FAILURES, STOPPED, Point, Study, is_whole, plans_of, read_notes, states, status_table
+from launch.study import Point, Study, is_whole, plans_of, states, status_table
 from recovery.artifacts import REPOSITORY
 from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER
-from recovery.files import write_atomic, write_json
+from recovery.files import HashMemory
 
 log = logging.getLogger("recover-lora")
-HALVING = "halving.jsonl"
-"""In the study's folder: the measurements that points were judged by."""
 POLL_S = 0.3
 POINT = (sys.executable, "-m", "launch.point")
 
@@ -47,25 +46,6 @@ class Running:
     """How long each log was when it began."""
     stopped: str | None = None
     """Why it was asked to stop."""
-
-
-@dataclass
-class Outcome:
-    """What has become of the points, by name."""
-
-    folder: Path
-    failures: dict[str, str]
-    stopped: dict[str, str]
-
-    def write(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / FAILURES, self.failures)
-        write_json(self.folder / STOPPED, self.stopped)
-
-    @property
-    def notes(self) -> dict[str, str]:
-        """Instead of a result."""
-        return {**self.failures, **self.stopped}
 
 
 def run_study(
@@ -91,24 +71,38 @@ def run_study(
     folder = runs_dir / study.name
     shares = shares_of(cluster, parallel)
     set_up_logging("study", folder / "study.log")
-    plans = plans_of(points, cluster, runs_dir)
-    races = Races(study.halving, {point.name: point for point in points}, folder / HALVING)
-    stopped = {name: why for name, plan in plans.items() if (why := races.observe(name, plan)) is not None}
-    done = {name for name, plan in plans.items() if plan.stages[-1].job.runtime.output.exists()}
-    outcome = Outcome(folder, read_notes(folder / FAILURES), {n: why for n, why in stopped.items() if n not in done})
-    outcome.write()
+    plans, memory = plans_of(points, cluster, runs_dir), HashMemory(runs_dir / ".hashes.json")
+    races = Races(study.halving, {point.name: point for point in points}, folder)
+    known = read_outcomes(folder)
+    done = {point.name for point in wanted if is_done(plans[point.name], known.get(point.name), memory)}
+    behind = {name: why for name, plan in plans.items() if (why := races.observe(name, plan)) is not None}
+    stopped = {
+        n: Outcome("stopped", w) for n, w in behind.items() if not plans[n].stages[-1].job.runtime.output.exists()
+    }
+    queue = [point for point in wanted if point.name not in stopped and point.name not in done]
+    # What is about to be tried has not failed, and what halving stopped under other settings may go on.
+    change_outcomes(
+        folder, stopped, forget=[*(p.name for p in queue), *(n for n, o in known.items() if o.end == "stopped")]
+    )
+    log.info("%d of %d points to do", len(queue), len(wanted))
+
+    def report() -> None:
+        with alone(folder):
+            write_report(study, points, plans, reasons(read_outcomes(folder)), folder)
+
     parent = start_study(study.name, points[0].recipe.tracking.experiment, runs_dir)
     code = status = EXIT_FAILED
     try:
-        queue = [point for point in wanted if point.name not in outcome.stopped]
-        with _children(shares, folder, runs_dir, parent) as start:
+        with _children(shares, runs_dir, parent) as start:
             for ended, exit_code in _ends(queue, plans, races, start, len(shares), minutes):
-                _take_in(ended, exit_code, outcome, plans)
-                write_report(study, points, plans, outcome.notes, folder)
+                change_outcomes(folder, {ended.point.name: _outcome(ended, exit_code, plans)})
+                report()
         if forecast:
             make_forecasts([plans[point.name] for point in wanted], folder)
-        write_report(study, points, plans, outcome.notes, folder)
-        code = EXIT_FAILED if set(outcome.failures) & {point.name for point in wanted} else EXIT_DONE
+        report()
+        ends = read_outcomes(folder)
+        failed = [point for point in wanted if point.name in ends and ends[point.name].end == "failed"]
+        code = EXIT_FAILED if failed else EXIT_DONE
         status = code if code != EXIT_DONE or is_whole(plans, folder) else EXIT_INTERRUPTED
     except KeyboardInterrupt:
         status = EXIT_INTERRUPTED
@@ -120,39 +114,33 @@ def run_study(
     return code
 
 
-def _take_in(ended: Running, code: int, outcome: Outcome, plans: Mapping[str, Plan]) -> None:
+def _outcome(ended: Running, code: int, plans: Mapping[str, Plan]) -> Outcome:
     name = ended.point.name
-    outcome.failures.pop(name, None)
-    if ended.stopped is not None and code != EXIT_DONE:
-        outcome.stopped[name] = ended.stopped
+    if code == EXIT_DONE:
+        return Outcome("done", plans[name].stages[-1].job.artifact_name)
+    if ended.stopped is not None:
         log.info("%s %s", name, ended.stopped)
-    elif code != EXIT_DONE:
-        outcome.failures[name] = why_failed(plans[name], ended.before, code)
-        log.error("%s failed: %s", name, outcome.failures[name])
-    outcome.write()
+        return Outcome("stopped", ended.stopped)
+    why = why_failed(plans[name], ended.before, code)
+    log.error("%s failed: %s", name, why)
+    return Outcome("failed", why)
 
 
 class _Start:
     """Starts a point on a share of the cluster."""
 
-    def __init__(self, shares: Sequence[Share], folder: Path, runs_dir: Path, parent: str | None) -> None:
+    def __init__(self, shares: Sequence[Share], runs_dir: Path, parent: str | None) -> None:
         self._shares, self._runs_dir, self._parent = shares, runs_dir, parent
-        self._files = [folder / f"share-{number}.yaml" for number in range(len(shares))]
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, share in zip(self._files, shares, strict=True):
-            write_atomic(file, share.cluster.to_yaml(), private=True)  # it may name keys of servers
         self.running: list[Running] = []
 
     def __call__(self, point: Point, plan: Plan) -> Running:
         taken = {running.share for running in self.running}
         number = next(number for number in range(len(self._shares)) if number not in taken)
         share = self._shares[number]
-        recipe = plan.run_folder / RECIPE
-        recipe.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(recipe, point.recipe.to_yaml())
+        recipe, cluster = write_origin(point.recipe, share.cluster, plan.run_folder)
         before = {path: path.stat().st_size for path in logs_of(plan) if path.exists()}
         command = [sys.executable, "-m", "launch.guard", str(os.getpid()), *POINT]
-        command += [str(recipe), "--cluster", str(self._files[number]), "--runs-dir", str(self._runs_dir)]
+        command += [str(recipe), "--cluster", str(cluster), "--runs-dir", str(self._runs_dir)]
         command += ["--parent", self._parent] if self._parent is not None else []
         command += ["--cores", ",".join(map(str, share.cores))] if share.cores is not None else []
         path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
@@ -186,9 +174,9 @@ class _Start:
 
 
 @contextlib.contextmanager
-def _children(shares: Sequence[Share], folder: Path, runs_dir: Path, parent: str | None) -> Iterator[_Start]:
+def _children(shares: Sequence[Share], runs_dir: Path, parent: str | None) -> Iterator[_Start]:
     """However this ends, no point goes on; each keeps what it has."""
-    start = _Start(shares, folder, runs_dir, parent)
+    start = _Start(shares, runs_dir, parent)
     try:
         yield start
     finally:
@@ -203,7 +191,7 @@ def _ends(
     most: int,
     minutes: float | None,
 ) -> Iterator[tuple[Running, int]]:
-    """Every point as it ends, with its exit code. Raises KeyboardInterrupt where one was interrupted."""
+    """Every point as it ends for good, with its exit code. Raises KeyboardInterrupt where one was interrupted."""
     waiting, again, begun = list(queue), set[str](), time.monotonic()
     bar = tqdm(total=len(waiting), unit="point", desc="study", disable=most == 1 or not sys.stderr.isatty())
     with bar:
@@ -228,10 +216,13 @@ def _ends(
                     raise KeyboardInterrupt
                 if code not in (EXIT_DONE, EXIT_USER) and running.stopped is None and name not in again:
                     # Once: a server or a host may have been away. The user's mistakes stay what they are.
+                    log.error(
+                        "%s failed (%s); once more at the end", name, why_failed(plans[name], running.before, code)
+                    )
                     again.add(name)
                     waiting.append(running.point)
-                else:
-                    bar.update()
+                    continue
+                bar.update()
                 yield running, code
             time.sleep(POLL_S)
 

@@ -15,13 +15,13 @@ from typing import Any
 
 from eval.table import verdict
 from launch.cluster import Cluster
-from launch.recipe import CREDENTIALS, Recipe
+from launch.recipe import Recipe
 from launch.resolve import Stage
 from recovery.artifacts import MANIFEST, content_digest, folder_of, is_being_built, read_manifest
 from recovery.config import ModelInput, Tracking
-from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, Unavailable
+from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, Unavailable, without_credentials
 from recovery.files import read_json, write_json
-from recovery.tracking import BATCH, METRICS, first_line, mlflow_client, read_metrics, shown_files
+from recovery.tracking import BATCH, METRICS, mlflow_client, read_metrics, shown_files, told_by_store
 
 log = logging.getLogger("recover-lora")
 PARENT = "mlflow.parentRunId"
@@ -82,7 +82,7 @@ def _note(runs_dir: Path, name: str) -> Path:
 
 def _store_key(runs_dir: Path) -> str:
     """Names the store; another password is not another store."""
-    address = CREDENTIALS.sub("//", store_uri(runs_dir))
+    address = without_credentials(store_uri(runs_dir))
     return hashlib.sha256(address.encode()).hexdigest()[:16]
 
 
@@ -166,7 +166,7 @@ UNTIL_SYNC = "metrics stay in the artifacts' metrics.jsonl until `recover-lora t
 
 
 def _say_silent(error: Exception, then: str = UNTIL_SYNC) -> None:
-    log.warning("MLflow does not answer (%s); %s", first_line(error), then)
+    log.warning("MLflow does not answer (%s); %s", told_by_store(error), then)
 
 
 @dataclass
@@ -342,7 +342,7 @@ def sync_study(parent: str, runs_dir: Path, folder: Path, *, whole: bool) -> Non
 
 def _away(error: Exception) -> Unavailable:
     return Unavailable(
-        f"the tracking server does not answer ({first_line(error)}); the same command sends the rest later"
+        f"the tracking server does not answer ({told_by_store(error)}); the same command sends the rest later"
     )
 
 

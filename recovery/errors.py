@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USER = 2
 EXIT_INTERRUPTED = 130
+CREDENTIALS = re.compile(r"//[^/\s'\"]*@")
+"""The user and password of a URL, up to the last @ before its path."""
 
 
 class UserError(Exception):
@@ -24,6 +28,15 @@ class UserError(Exception):
 def _printable(text: str) -> str:
     """With what would command a terminal (names in a file from outside may hold it) spelled out."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def without_credentials(text: str) -> str:
+    return CREDENTIALS.sub("//", text)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line without passwords; its kind where it says nothing."""
+    return without_credentials((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 class UserErrors(UserError):

@@ -21,7 +21,7 @@ from recovery.batches import Batch, collate
 from recovery.config import Dtype, ModelInput
 from recovery.corpus import Tokens
 from recovery.environment import return_memory
-from recovery.errors import UserError
+from recovery.errors import UserError, first_line
 from recovery.gated import use_gated_products
 from recovery.head import Head
 from recovery.partition import gathered
@@ -94,7 +94,7 @@ def load_model(given: ModelInput, dtype: Dtype | None, *, placed: bool = True) -
             output_loading_info=True,
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise UserError(
             given.path, f"the model cannot be loaded ({first})", "give a complete safetensors or GGUF model"
         ) from error
@@ -124,7 +124,7 @@ def unpacked(model: Any, path: str) -> Any:
         try:
             model = model.dequantize()
         except (NotImplementedError, ValueError, AttributeError, TypeError) as error:
-            found = f"its quantization cannot be unpacked ({str(error).strip().splitlines()[0]})"
+            found = f"its quantization cannot be unpacked ({first_line(error)})"
             raise UserError(path, found, "give the weights dequantized, as safetensors") from error
     # transformers would pack the weights again when they are saved, without saying so in the config.
     model._weight_conversions = None

@@ -7,7 +7,7 @@ from typing import Any
 
 from recovery.config import Adapter, Placement
 from recovery.damage_config import ALL
-from recovery.errors import UserError
+from recovery.errors import UserError, first_line
 from recovery.sources import check_packing, pretrained
 
 KEYS_VALUES = frozenset({"k_proj", "v_proj", "kv_a_proj_with_mqa", "kv_b_proj", "qkv_proj"})
@@ -96,7 +96,7 @@ def skeleton(path: str, revision: str | None) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise UserError(path, f"not a causal language model that transformers knows ({first})", "give one") from error
 
 

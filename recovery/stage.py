@@ -21,7 +21,16 @@ from tqdm import tqdm
 from recovery import heartbeat
 from recovery.artifacts import Workspace, content_digest, is_artifact, verify
 from recovery.config import ArtifactInput, Job, LooseInput
-from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, DamagedArtifact, Unavailable, UserError
+from recovery.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USER,
+    DamagedArtifact,
+    Unavailable,
+    UserError,
+    first_line,
+)
 from recovery.files import HashMemory, write_atomic
 
 log = logging.getLogger("recover-lora")
@@ -210,7 +219,7 @@ def run_stage(
         # Launchers of several ranks have codes of their own; and what ended a rank is why they interrupt the others.
         if "RANK" in os.environ and (code == EXIT_USER or (code == EXIT_INTERRUPTED and not exit_file.exists())):
             write_atomic(exit_file, str(code))
-        log.debug("error: %s", (str(error).splitlines() or [type(error).__name__])[0])  # which the log file keeps
+        log.debug("error: %s", first_line(error))  # which the log file keeps
     sys.stdout.flush()
     sys.stderr.flush()
     heartbeat.leave(how)

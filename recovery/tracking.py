@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from recovery.config import Tracking
+from recovery.errors import first_line, without_credentials
 
 log = logging.getLogger("recover-lora")
 METRICS = "metrics.jsonl"
@@ -54,11 +55,13 @@ def mlflow_client(uri: str | None) -> Any:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def first_line(error: Exception) -> str:
+def told_by_store(error: Exception) -> str:
     """What a tracking server's error says, without the server's address, which may hold a password."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     uri = os.environ.get("MLFLOW_TRACKING_URI")
-    return (text.replace(uri, "its store") if uri else text)[:200]
+    text = first_line(error)
+    for address in (uri, without_credentials(uri)) if uri else ():
+        text = text.replace(address, "its store")
+    return text[:200]
 
 
 class Tracker:
@@ -122,7 +125,7 @@ class Tracker:
         except Exception as error:  # noqa: BLE001 - whatever a tracking server does, the stage goes on
             log.warning(
                 "MLflow does not take our metrics (%s); they stay in metrics.jsonl until `recover-lora track sync`",
-                first_line(error),
+                told_by_store(error),
             )
 
     def _send_batch(self, client: Any, batch: list[tuple[str, Any]]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from recovery.errors import UserError
+from recovery.errors import UserError, first_line
 from recovery.sources import is_gguf, pretrained
 
 SPECIAL = ("bos_token_id", "eos_token_id", "unk_token_id")
@@ -43,7 +43,7 @@ def load_vocabulary(path: str, revision: str | None = None, *, model: bool = Tru
         tokenizer: Any = AutoTokenizer.from_pretrained(place, **arguments)
         config = AutoConfig.from_pretrained(place, **arguments) if model else None
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise UserError(path, f"its tokenizer or config cannot be read ({first})", "give a complete model") from error
     special = {name: getattr(tokenizer, name, None) for name in SPECIAL}
     tokens = tokenizer.get_vocab()

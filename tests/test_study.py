@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import yaml
 import launch.study_run
 from launch.cluster import Cluster, LocalServers, Slurm, load_cluster
 from launch.halving import Race, Races
+from launch.outcomes import Outcome, change_outcomes, read_outcomes
 from launch.share import shares_of
 from launch.study import Halving, Study, chosen, load_study, plans_of
 from recovery.artifacts import folder_of
@@ -73,7 +75,8 @@ def test_a_study_goes_on_past_a_failing_point(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     methods = {
         "closed": {"adapter.init": "closed_form_sequential", "train.epochs": 0},
-        "absent": {"adapter.placement": ["c_attn"]},
+        # Closed form too, so that it would be forecast.
+        "absent": {"adapter.placement": ["c_attn"], "adapter.init": "closed_form_sequential", "train.epochs": 0},
         "trained": {},
     }
     path, runs = write_study(tmp_path, tiny, {"method": methods, "adapter.rank": [4]}), tmp_path / "runs"
@@ -119,8 +122,19 @@ def test_a_study_goes_on_past_a_failing_point(
     assert any(name.startswith("system/") for run in known.values() for name in run.data.metrics)
 
     stamps = {folder: folder.stat().st_mtime_ns for folder in (runs / "artifacts").glob("[a-z]*")}
-    assert invoke(monkeypatch, *command, "--only", "method=closed,trained") == 0
+    again = re.search(r"recover-lora (run \S+grid\.closed\.4/recipe\.yaml --cluster \S+ --runs-dir \S+)", page)
+    assert again is not None
+    assert invoke(monkeypatch, *again[1].split()) == 0
+    only = ("--only", "method=closed,trained")
+    assert invoke(monkeypatch, *command, *only) == 0
     assert {folder: folder.stat().st_mtime_ns for folder in (runs / "artifacts").glob("[a-z]*")} == stamps
+    assert (runs / "grid" / "study.log").read_text().splitlines()[-1].endswith("0 of 2 points to do")
+    # A finished point whose report is not what it was is not passed over.
+    report = runs / "grid.closed.4" / "report" / "report.md"
+    report.write_text(report.read_text() + "better")
+    assert invoke(monkeypatch, *command, *only) == 1
+    assert "1 of 2 points to do" in (runs / "grid" / "study.log").read_text()
+    assert "done; the last attempt failed: point: " in capfd.readouterr().out
     assert invoke(monkeypatch, *command, "--status") == 0
     assert "closed.4   done" in capfd.readouterr().out
 
@@ -154,7 +168,8 @@ def test_what_failed_is_tried_once_more_after_the_others(tmp_path: Path, tiny: P
     path = write_study(tmp_path, tiny, {"adapter.rank": [1, 2, 4, 8]})
     assert invoke(monkeypatch, "study", str(path), "--runs-dir", str(tmp_path / "runs")) == EXIT_FAILED
     assert (tmp_path / "tried").read_text().split() == ["1", "2", "4", "8", "1", "4"]
-    assert set(json.loads((tmp_path / "runs" / "grid" / "failures.json").read_text())) == {"2", "4"}
+    ends = {name: outcome.end for name, outcome in read_outcomes(tmp_path / "runs" / "grid").items()}
+    assert ends == {"1": "done", "2": "failed", "4": "failed", "8": "done"}
 
 
 def test_points_run_at_the_same_time_and_stop_together(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch):
@@ -169,7 +184,7 @@ def test_points_run_at_the_same_time_and_stop_together(tmp_path: Path, tiny: Pat
     assert time.monotonic() - began < 30
     assert (tmp_path / "waiting").exists()
     assert sorted((tmp_path / "tried").read_text().split()) == ["1", "2", "4", "8"]
-    assert not (tmp_path / "runs" / "grid" / "failures.json").read_text().strip("{}\n")
+    assert {outcome.end for outcome in read_outcomes(tmp_path / "runs" / "grid").values()} == {"done"}
 
 
 def test_what_two_points_need_at_the_same_time_is_made_once(
@@ -187,6 +202,18 @@ def test_what_two_points_need_at_the_same_time_is_made_once(
     assert not list((runs / "artifacts").glob(".*.partial"))
     waited = [log for log in runs.glob("grid.*/logs/run.log") if "another point is making it" in log.read_text()]
     assert waited
+
+
+def test_commands_that_run_slices_of_a_study_keep_what_the_others_noted(tmp_path: Path):
+    def note(worker: int) -> None:
+        for number in range(10):
+            change_outcomes(
+                tmp_path, {f"{worker}.{number}": Outcome("failed", "why")}, forget=[f"{worker}.{number - 1}"]
+            )
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(note, range(8)))
+    assert set(read_outcomes(tmp_path)) == {f"{worker}.9" for worker in range(8)}
 
 
 def test_shares_of_a_cluster_do_not_meet():
@@ -228,7 +255,7 @@ def test_judgement_does_not_change_after_a_kill(tmp_path: Path, tiny: Path):
     _, points = load_study(write_study(tmp_path, tiny, {"adapter.rank": [2, 4]}))
     plans = plans_of(points, load_cluster("local"), tmp_path / "runs")
     settings, by_name = Halving(among=("adapter.rank",), first_tokens=100, factor=2), {p.name: p for p in points}
-    log = tmp_path / "halving.jsonl"
+    folder = tmp_path / "grid"
 
     def measure(name: str, kls: list[float]) -> None:
         stage = next(stage for stage in plans[name].stages if stage.label == "train")
@@ -237,22 +264,27 @@ def test_judgement_does_not_change_after_a_kill(tmp_path: Path, tiny: Path):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder_of(stage.job) / "held_out.jsonl").write_text(text + '{"split": "held')  # being written
 
-    races = Races(settings, by_name, log)
+    races = Races(settings, by_name, folder)
     verdicts = []
     for name, kls in (("2", [2.0]), ("4", [1.0]), ("2", [2.0, 1.5]), ("4", [1.0, 0.9])):
         measure(name, kls)
         verdicts.append(races.observe(name, plans[name]))
-    again = Races(settings, by_name, log)
+    again = Races(settings, by_name, folder)
     assert [again.observe(name, plans[name]) for name in ("2", "4")] == [
         races.observe(name, plans[name]) for name in "24"
     ]
+    log = folder / "halving.jsonl"
     assert len(log.read_text().splitlines()) == 4
     # The second one only is behind at 200 tokens, whichever is asked first afterwards.
     measure("2", [2.0, 1.5, 1.4, 1.3])
-    assert Races(settings, by_name, log).observe("2", plans["2"]) == races.observe("2", plans["2"])
-    assert Races(None, by_name, log).observe("2", plans["2"]) is None
+    # A kill cut the last line short; and two commands run slices of the study, each sees what the other saw.
+    log.write_text(log.read_text() + '{"point": "2", "tr')
+    beside = Races(settings, by_name, folder)
+    assert races.observe("2", plans["2"]) == beside.observe("2", plans["2"])
+    assert [json.loads(line)["tokens"] for line in log.read_text().splitlines()] == [100, 100, 200, 200, 300, 400]
+    assert Races(None, by_name, folder).observe("2", plans["2"]) is None
     other = settings.model_copy(update={"first_tokens": 1000})
-    assert Races(other, by_name, tmp_path / "other.jsonl").observe("2", plans["2"]) is None
+    assert Races(other, by_name, tmp_path / "other").observe("2", plans["2"]) is None
 
 
 def test_a_study_halves(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
