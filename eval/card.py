@@ -39,28 +39,34 @@ def base_name(model: ModelInput) -> str:
 
 
 def model_card(
-    job: DeliverJob, summary: Mapping[str, Any], manifest: Mapping[str, Any], checks: Sequence[Check]
+    job: DeliverJob,
+    summary: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    generator: ModelInput,
+    checks: Sequence[Check],
 ) -> str:
-    """summary: the report's. manifest: the adapter's. checks: of the forms that are delivered."""
-    base, settings = base_name(job.degraded), manifest["job"]["adapter"]
+    """summary: the report's. manifest: the adapter's. generator: what the corpus was sampled from. checks: of the forms
+    that are delivered."""
+    base, settings, made = base_name(job.degraded), manifest["job"]["adapter"], manifest["job"]
     licence = license_of(job.reference.path)
+    source = "the reference" if generator.digest == job.reference.digest else base_name(generator)
+    labelled = made.get("labelled") is not None
     about = {
         "base_model": base,
         "library_name": "peft",
         "pipeline_tag": "text-generation",
         "license": licence if licence != UNKNOWN else "other",
-        "tags": ["lora", "recover-lora", "distillation"],
+        "tags": ["lora", "recover-lora", *(["distillation"] if _has_teacher(made) else [])],
     }
-    trained = "closed form, then logit distillation" if manifest["job"].get("start") else "logit distillation"
-    method = trained if "train" in manifest["job"] else "closed form, without training"
     rows = [
-        ["method", f"{method}: KL(reference || degraded + adapter)"],
+        ["method", method_of(made)],
         ["reference", base_name(job.reference)],
         ["degraded base", base],
         ["where", _text(settings["placement"])],
         ["rank", _text(settings["rank"]) if settings["placement"] != "auto" else "by module (rank_pattern)"],
         ["trainable parameters", f"{summary['trainable_parameters']:,}"],
-        ["tokens that carried loss", f"{summary['tokens']:,}, sampled from the reference; no labelled data"],
+        ["tokens of loss and calibration", f"{summary['tokens']:,}"],
+        ["text", f"{'labelled, written by people; held out: ' if labelled else ''}sampled from {source}"],
     ]
     forms = [
         [one.form, f"{one.kl:.4f}", f"{one.scored_kl:.4f}", f"{one.tokens_different} of {one.tokens_compared}"]
@@ -82,7 +88,7 @@ A LoRA adapter that gives a degraded model its accuracy back. It belongs to the 
 
 {shown}
 
-KL is KL(reference || model) in nats a token on text sampled from the reference; AR% is
+KL is KL(reference || model) in nats a token on text sampled from {source}; AR% is
 (recovered - degraded) / |degraded - reference|. Intervals are 95 %, by bootstrap. "not measurable": the benchmark's gap
 is within noise.
 
@@ -110,10 +116,41 @@ recovered = PeftModel.from_pretrained(degraded, "path/to/this/folder")
 
 ## Limits
 
-Recovery was measured on synthetic English text of the reference and on the benchmarks above, not on your task. The
-adapter can only bring back what the reference knows, and passes on its biases. Licence of the reference: {licence}; an
-adapter made from it is a derivative.
+Recovery was measured on synthetic text of {source} and on the benchmarks above, not on your task.
+{_limit(made)}
+
+Licence of the reference: {licence}; an adapter made from it is a derivative.
 """
+
+
+DIVERGENCES = {
+    "forward_kl": "KL(reference || degraded + adapter)",
+    "reverse_kl": "KL(degraded + adapter || reference)",
+    "jensen_shannon": "generalized Jensen-Shannon divergence of reference and degraded + adapter",
+}
+
+
+def method_of(made: Mapping[str, Any]) -> str:
+    """In words, how an adapter was made. made: the job of its manifest."""
+    if "train" not in made:
+        return "closed form from the reference's activations, without training"
+    loss = made["train"]["loss"]
+    text, start = loss["cross_entropy"], "closed form, then " if made.get("start") else ""
+    if text == 1:
+        return f"{start}supervised fine-tuning: cross-entropy with the text's own tokens, without a teacher"
+    divergence = DIVERGENCES[loss["kind"]]
+    mixed = f"{1 - text:g} x {divergence} + {text:g} x cross-entropy with the text" if text else divergence
+    return f"{start}logit distillation: {mixed}"
+
+
+def _has_teacher(made: Mapping[str, Any]) -> bool:
+    return "train" in made and made["train"]["loss"]["cross_entropy"] < 1
+
+
+def _limit(made: Mapping[str, Any]) -> str:
+    if made.get("labelled") is not None:
+        return "The adapter learned from the labelled text too, and passes on its biases beside the reference's."
+    return "The adapter can only bring back what the reference knows, and passes on its biases."
 
 
 def _text(value: Any) -> str:

@@ -141,7 +141,7 @@ class DeliverRuntime(Runtime):
 
 class DeliverJob(Job):
     stage: ClassVar[str] = "deliver"
-    schema_version: ClassVar[int] = 2
+    schema_version: ClassVar[int] = 3
     runtime: DeliverRuntime  # pyright: ignore[reportIncompatibleVariableOverride] - narrower, and frozen
     name: str
     dtype: Dtype

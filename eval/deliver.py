@@ -141,7 +141,8 @@ def produce(job: DeliverJob, workspace: Workspace) -> dict[str, Any]:
                 f"{one.form}, loaded again: KL {one.kl:.4f}, scored was {one.scored_kl:.4f}; {one.beyond_rounding} "
                 f"greedy tokens differ by more than rounding: nothing is delivered"
             )
-    write_atomic(folder / "README.md", model_card(job, summary, read_manifest(job.adapter.path), checks))
+    generator = ModelInput(**read_manifest(job.corpus.path)["job"]["model"])
+    write_atomic(folder / "README.md", model_card(job, summary, read_manifest(job.adapter.path), generator, checks))
     return {"forms": [one.form for one in checks]}
 
 

@@ -164,6 +164,8 @@ def push(folder: Path, repository: str) -> str:
             folder_path=folder.resolve(),
             commit_message="Deliver a recovered adapter",
             ignore_patterns=["manifest.json"],
+            # Of an earlier delivery with other forms: it would stand beside another adapter.
+            delete_patterns=["merged/**", "gguf/**", "uniform/**"],
         )
     except HFValidationError as error:
         raise UserError(f"--push {repository}", str(error), "write owner/name") from error

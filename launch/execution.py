@@ -21,7 +21,7 @@ from launch.resolve import Names, Stage, build_stages, check_models, partition_s
 from launch.servers import ServerPool, Serving
 from recovery.artifacts import turn
 from recovery.config import Job
-from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, Unavailable, UserError
+from recovery.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, Unavailable, UserError
 from recovery.files import HashMemory, write_atomic
 
 log = logging.getLogger("recover-lora")
@@ -112,8 +112,7 @@ class Plan:
                     with servers_for(stage.job, cluster, self.run_folder / "logs"):
                         code, cluster = self._run_stage(stage, cluster, max_restarts if stage.distributed else 0)
                     if code != EXIT_DONE:
-                        # Launchers have codes of their own, and a killed stage's is negative.
-                        return code if code in (EXIT_USER, EXIT_INTERRUPTED) else EXIT_FAILED
+                        return code
                 else:
                     print(f"[{stage.label}] reused {stage.job.runtime.output}", file=sys.stderr)
             link(stage, self.run_folder)
@@ -140,7 +139,7 @@ class Plan:
             code = run_stage_process(stage, self.run_folder, cluster)
             if code in (EXIT_DONE, EXIT_USER, EXIT_INTERRUPTED) or number == restarts:
                 return code, cluster
-            log.warning("%s failed (code %d); start %d of %d", stage.label, code, number + 1, restarts)
+            log.warning("%s failed; start %d of %d", stage.label, number + 1, restarts)
         raise AssertionError("the loop returns")
 
 

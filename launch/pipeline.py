@@ -15,7 +15,7 @@ from launch.cluster import Cluster
 from launch.distributed import SECRET, environment_of, start_of
 from launch.resolve import Stage
 from recovery.artifacts import REPOSITORY
-from recovery.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
+from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, UserError
 from recovery.files import HashMemory, write_atomic
 from recovery.stage import check_reusable, exit_file_of
 
@@ -38,7 +38,8 @@ def missing_inputs(stage: Stage, all_stages: list[Stage]) -> list[str]:
 
 
 def run_stage_process(stage: Stage, run_folder: Path, cluster: Cluster, arguments: Sequence[str] = ()) -> int:
-    """Write the job file, run the stage, return its exit code. An interrupt is passed on and waited for."""
+    """Write the job file, run the stage, return its exit code, one of the project's. An interrupt is passed on and
+    waited for; a stage that was killed cannot say so, and is told of here."""
     job_file = job_file_of(stage, run_folder)
     job_file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(job_file, stage.job.to_json())
@@ -57,7 +58,20 @@ def run_stage_process(stage: Stage, run_folder: Path, cluster: Cluster, argument
     if code != EXIT_DONE and exit_file.exists():
         code = int(exit_file.read_text())
     exit_file.unlink(missing_ok=True)
-    return code
+    if code < 0:
+        _tell_of_kill(stage, signal.Signals(-code).name)
+    # Launchers have codes of their own.
+    return code if code in (EXIT_DONE, EXIT_USER, EXIT_INTERRUPTED) else EXIT_FAILED
+
+
+def _tell_of_kill(stage: Stage, name: str) -> None:
+    why = "; the system does that where memory runs out" if name == "SIGKILL" else ""
+    said = f"error: {stage.label} was ended by {name}{why}; the same command goes on"
+    print(said, file=sys.stderr)
+    if stage.job.runtime.log is not None:
+        stage.job.runtime.log.parent.mkdir(parents=True, exist_ok=True)
+        with stage.job.runtime.log.open("a") as file:
+            file.write(f"{said}\n")
 
 
 def _run_here(command: list[str], environment: dict[str, str]) -> int:

@@ -21,7 +21,7 @@ from recovery.artifacts import MANIFEST, content_digest, folder_of, is_being_bui
 from recovery.config import ModelInput, Tracking
 from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, Unavailable, without_credentials
 from recovery.files import read_json, write_json
-from recovery.tracking import BATCH, METRICS, mlflow_client, read_metrics, shown_files, told_by_store
+from recovery.tracking import BATCH, METRICS, PARAMS, mlflow_client, read_metrics, shown_files, told_by_store
 
 log = logging.getLogger("recover-lora")
 PARENT = "mlflow.parentRunId"
@@ -116,9 +116,18 @@ def _new_run(client: Any, recipe: Recipe, runs_dir: Path, parent: str | None) ->
     run = client.create_run(identifier, run_name=recipe.name, tags={} if parent is None else {PARENT: parent})
     # First of all, so that what fails from here on makes no second run.
     _remember(_note(runs_dir, recipe.name), _key(runs_dir, recipe), run.info.run_id)
-    for section, key, value in _flat(recipe):
-        client.log_param(run.info.run_id, f"{section}.{key}", value)
+    _send_params(client, run.info.run_id, recipe)
     return str(run.info.run_id)
+
+
+def _send_params(client: Any, run: str, recipe: Recipe) -> None:
+    """What the run has of them already stays as it is."""
+    from mlflow.entities import Param
+
+    known = client.get_run(run).data.params
+    missing = [Param(name, value) for name, value in _flat(recipe).items() if name not in known]
+    for first in range(0, len(missing), PARAMS):
+        client.log_batch(run, params=missing[first : first + PARAMS])
 
 
 def _remember(note: Path, key: str, run: str) -> None:
@@ -188,8 +197,9 @@ def tracked(
     """The run while its stages are at work, with this host's system metrics; at the end MLflow is told how they ended
     and what they were made from. cluster: where they work."""
     attempt = Attempt(start_run(recipe, runs_dir, parent))
-    monitor = _monitor(attempt.tracking, runs_dir) if stages else None
+    monitor = None
     try:
+        monitor = _monitor(attempt.tracking, runs_dir) if stages else None
         yield attempt
     except KeyboardInterrupt:
         attempt.code = EXIT_INTERRUPTED
@@ -213,8 +223,12 @@ def _monitor(target: Tracking | None, runs_dir: Path) -> Any:
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
-    monitor = SystemMetricsMonitor(target.run_id, resume_logging=True, tracking_uri=store_uri(runs_dir))
-    monitor.start()
+    try:
+        monitor = SystemMetricsMonitor(target.run_id, resume_logging=True, tracking_uri=store_uri(runs_dir))
+        monitor.start()
+    except Exception as error:  # noqa: BLE001 - as for a recipe's run
+        _say_silent(error, "this run has no system metrics")
+        return None
     return monitor
 
 
@@ -316,6 +330,7 @@ def sync(
         client = mlflow_client(store_uri(runs_dir))
         known = _known_run(client, _note(runs_dir, recipe.name), _key(runs_dir, recipe), parent)
         run = known or _new_run(client, recipe, runs_dir, parent)
+        _send_params(client, run, recipe)  # a store that went away while the run was made has a part of them
         metrics = sum(_send_metrics(client, run, path) for path in files)
         _describe(client, run, stages, cluster)
         report, sent = stages[-1].job.runtime.output, _send_corpus_picture(client, run, stages)
@@ -379,10 +394,10 @@ def _send_corpus_picture(client: Any, run: str, stages: Sequence[Stage]) -> int:
     return 1
 
 
-def _flat(recipe: Recipe) -> list[tuple[str, str, str]]:
+def _flat(recipe: Recipe) -> dict[str, str]:
     content = recipe.model_dump(mode="json")
-    rows = [("recipe", "name", str(content.pop("name"))), ("recipe", "seed", str(content.pop("seed")))]
+    flat = {f"recipe.{key}": str(content.pop(key)) for key in ("name", "seed")}
     for section, fields in content.items():
         for key, value in (fields or {}).items():
-            rows.append((section, key, (value if isinstance(value, str) else json.dumps(value))[:500]))
-    return rows
+            flat[f"{section}.{key}"] = (value if isinstance(value, str) else json.dumps(value))[:500]
+    return flat

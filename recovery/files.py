@@ -60,9 +60,11 @@ def write_json(path: Path, value: object) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSONL file that another process may be writing: one without its end is left out. [] without it."""
-    if not path.exists():
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def held_out_lines(folder: Path) -> list[dict[str, Any]]:

@@ -22,7 +22,8 @@ from recovery.errors import first_line, without_credentials
 
 log = logging.getLogger("recover-lora")
 METRICS = "metrics.jsonl"
-BATCH = 500  # MLflow takes at most 1000 metrics and 100 params a call
+BATCH, PARAMS = 500, 100
+"""Metrics and params of one call; MLflow takes at most 1000 and 100."""
 PATIENCE_SECONDS = 20.0
 
 
@@ -135,8 +136,8 @@ class Tracker:
         run = self._target.run_id
         metrics = [Metric(*value) for kind, value in batch if kind == "metric"]
         params = [Param(*value) for kind, value in batch if kind == "param"]
-        for first in range(0, max(len(params), 1), 100):
-            client.log_batch(run, metrics=metrics if first == 0 else [], params=params[first : first + 100])
+        for first in range(0, max(len(params), 1), PARAMS):
+            client.log_batch(run, metrics=metrics if first == 0 else [], params=params[first : first + PARAMS])
         for kind, value in batch:
             if kind == "artifact":
                 path, folder = value

@@ -19,11 +19,19 @@ class FakeHub:
         self.tokens: set[str] = set()
         self.refuses = False
         self.private = True
+        self.older: list[str] = []
+        """Files that the repository has from before."""
+        self.deleted: set[str] = set()
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.answer(200, {"siblings": [], "sha": "0" * 40, "id": "me/recovered", "private": hub.private})
+                if "/tree/" in self.path:
+                    tree = [{"type": "file", "path": path, "size": 1, "oid": "0" * 40} for path in hub.older]
+                    return self.answer(200, tree)
+                siblings = [{"rfilename": path} for path in hub.older]
+                about = {"siblings": siblings, "sha": "0" * 40, "id": "me/recovered", "private": hub.private}
+                return self.answer(200, about)
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -42,6 +50,7 @@ class FakeHub:
                     )
                 elif "/commit/" in self.path:
                     lines = [json.loads(line) for line in body.splitlines() if line]
+                    hub.deleted |= {line["value"]["path"] for line in lines if line["key"] == "deletedFile"}
                     for line in lines:
                         if line["key"] == "file":
                             hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
@@ -49,7 +58,7 @@ class FakeHub:
                 else:
                     self.answer(404, {"error": self.path})
 
-            def answer(self, status: int, content: dict[str, Any]) -> None:
+            def answer(self, status: int, content: Any) -> None:
                 payload = json.dumps(content).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")

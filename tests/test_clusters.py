@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,18 @@ def test_secrets_reach_the_other_hosts_by_file_alone(stage: Any, tmp_path: Path,
         [sys.executable, "-c", code], env=environment, cwd=REPOSITORY, check=True, capture_output=True
     )
     assert done.stdout.decode().strip() == PASSWORD
+
+
+def test_a_stage_that_was_killed_is_told_of(
+    stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("launch.pipeline._run_elsewhere", lambda *_: -9)
+    runtime = stage.job.runtime.model_copy(update={"log": tmp_path / "logs" / "train.log"})
+    killed = replace(stage, job=stage.job.model_copy(update={"runtime": runtime}))
+    assert run_stage_process(killed, tmp_path, HOSTS) == 1
+    said = "error: train was ended by SIGKILL; the system does that where memory runs out"
+    assert said in capfd.readouterr().err
+    assert said in runtime.log.read_text()  # from which a study tells of it
 
 
 def recover_lora(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import eval.deliver
-from eval.card import license_of
+from eval.card import license_of, method_of, model_card
 from eval.deliver import Check, compare_greedy
 from eval.served import compare_served
 from launch.deliver import Forms, deliver_stage, push
@@ -27,6 +27,7 @@ from launch.recipe import Recipe
 from launch.resolve import Stage
 from launch.tracking import register, store_uri
 from recovery.adapters import CONFIG, WEIGHTS, write_uniform
+from recovery.artifacts import read_manifest
 from recovery.errors import Unavailable, UserError
 from recovery.files import HashMemory, read_json
 from recovery.stage import build
@@ -93,6 +94,34 @@ def test_the_card_says_what_it_is_for_and_what_came_back(recipe: Recipe, runs: P
     assert f"{summary['trainable_parameters']:,}" in card
     assert str(runs) not in card
     assert str(runs) not in (folder / CONFIG).read_text()
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        ({}, "closed form from the reference's activations, without training"),
+        ({"train": {"loss": {"kind": "forward_kl", "cross_entropy": 0.0}}}, "logit distillation: KL(reference ||"),
+        (
+            {"start": {"path": "p"}, "train": {"loss": {"kind": "reverse_kl", "cross_entropy": 0.25}}},
+            "closed form, then logit distillation: 0.75 x KL(degraded + adapter || reference) + 0.25 x cross-entropy",
+        ),
+        ({"train": {"loss": {"kind": "forward_kl", "cross_entropy": 1.0}}}, "supervised fine-tuning: cross-entropy"),
+    ],
+)
+def test_the_card_names_the_method_that_was_used(made: dict[str, Any], expected: str):
+    assert method_of(made).startswith(expected)
+
+
+def test_the_card_names_the_text_that_was_learned_from(recipe: Recipe, runs: Path):
+    job: Any = stage_of(recipe, runs, merged=False).job
+    summary = read_json(job.report.path / "summary.json")
+    manifest = read_manifest(job.adapter.path)
+    larger = job.reference.model_copy(update={"path": "models/larger", "digest": "1" * 64})
+    assert "sampled from larger" in model_card(job, summary, manifest, larger, [])
+    manifest["job"]["labelled"] = {"path": "labelled-1"}
+    card = model_card(job, summary, manifest, job.reference, [])
+    assert "labelled, written by people; held out: sampled from the reference" in card
+    assert "can only bring back what the reference knows" not in card
 
 
 def test_a_form_that_is_not_what_was_scored_is_not_delivered(
@@ -273,7 +302,9 @@ def test_a_push_takes_a_token_and_leaves_the_manifest_here(
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(UserError, match="HF_TOKEN is not set"):
         push(folder, "me/recovered")
+    hub.older = ["merged/model.safetensors", "README.md", "notes/mine.txt"]
     assert pushed(folder, "me/recovered", hub) == f"{hub.url}/me/recovered"
+    assert hub.deleted == {"merged/model.safetensors"}  # an earlier delivery's, of another adapter
     assert (hub.made["name"], hub.made["organization"]) == ("recovered", "me")
     assert hub.made.get("visibility") == "private" or hub.made.get("private") is True
     assert hub.tokens == {"Bearer hf_secret"}
@@ -295,6 +326,7 @@ def pushed(folder: Path, repository: str, hub: FakeHub) -> str:
 import sys
 from pathlib import Path
 from launch.deliver import push
+from recovery.artifacts import read_manifest
 from recovery.errors import Unavailable, UserError
 try:
     print(push(Path(sys.argv[1]), sys.argv[2]))

@@ -168,10 +168,47 @@ def test_a_sync_changes_no_state_but_of_what_is_done(tmp_path: Path, monkeypatch
     assert sync(recipe, stages, runs) == Sent(1, 0)
     [run] = json.loads((runs / recipe.name / "tracking.json").read_text()).values()
     client = MlflowClient(uri)
+    assert client.get_run(run).data.params["train.learning_rate"] == str(recipe.train.learning_rate)
     assert client.get_run(run).info.status == "KILLED"
     client.set_terminated(run, "FAILED")
     assert sync(recipe, stages, runs) == Sent(0, 0)
     assert client.get_run(run).info.status == "FAILED"
+
+
+def test_parameters_that_a_store_missed_are_sent_by_a_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It went away between the making of the run and its parameters, and lets no run's monitor begin."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.system_metrics import system_metrics_monitor
+    from mlflow.tracking import MlflowClient
+
+    def away(*_: object, **__: object) -> None:
+        raise MlflowException("timed out")
+
+    uri = f"sqlite:///{tmp_path / 'store.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    recipe, runs = tiny_recipe(tmp_path, tmp_path), tmp_path / "runs"
+    job = DegradeJob(
+        runtime=Runtime(output=runs / "artifacts" / "train-0"),
+        seed=0,
+        reference=ModelInput(path="r", digest="r"),
+        damage=NOISE,
+    )
+    stages = [Stage("train", "train", "recovery.train", job, ())]
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", away)
+        assert start_run(recipe, runs) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(system_metrics_monitor, "SystemMetricsMonitor", away)
+        with tracked(recipe, runs, None, stages) as run:
+            assert run.tracking is not None
+            identifier = run.tracking.run_id
+    client = MlflowClient(uri)
+    assert not client.get_run(identifier).data.params
+    folder = partial_of(job.runtime.output)
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"step": 1, "time": 5.0, "loss/train": 2.0}\n')
+    sync(recipe, stages, runs)
+    assert client.get_run(identifier).data.params["recipe.name"] == recipe.name
 
 
 @pytest.mark.parametrize(("code", "status"), [(0, "FINISHED"), (1, "FAILED"), (130, "KILLED")])
