@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from eval.deliver import Check
 
 UNKNOWN = "unknown"
+DIVERGENCES = {
+    "forward_kl": "KL(reference || degraded + adapter)",
+    "reverse_kl": "KL(degraded + adapter || reference)",
+    "jensen_shannon": "generalized Jensen-Shannon divergence of reference and degraded + adapter",
+}
 
 
 def license_of(model: str) -> str:
@@ -121,13 +126,6 @@ Recovery was measured on synthetic text of {source} and on the benchmarks above,
 
 Licence of the reference: {licence}; an adapter made from it is a derivative.
 """
-
-
-DIVERGENCES = {
-    "forward_kl": "KL(reference || degraded + adapter)",
-    "reverse_kl": "KL(degraded + adapter || reference)",
-    "jensen_shannon": "generalized Jensen-Shannon divergence of reference and degraded + adapter",
-}
 
 
 def method_of(made: Mapping[str, Any]) -> str:

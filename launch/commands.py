@@ -72,7 +72,7 @@ def teacher_costs(recipe: Recipe, cluster: Cluster, stages: list[Stage]) -> str:
 def print_result(recipe: Recipe, runs_dir: Path) -> None:
     """The table, and where everything lies."""
     from eval.table import terminal_table
-    from launch.tracking import store_uri
+    from launch.store import store_uri
 
     run_folder = runs_dir / recipe.name
     summary = json.loads((run_folder / "report" / "summary.json").read_text())

@@ -50,7 +50,8 @@ def sync_command(
 
 def _sync_study(file: Path, cluster: Cluster, runs_dir: Path) -> None:
     from launch.study import is_whole, load_study, plans_of
-    from launch.tracking import start_study, sync_study
+    from launch.sync import sync_study
+    from launch.tracking import start_study
 
     study, points = load_study(file)
     plans = plans_of(points, cluster, runs_dir)
@@ -69,7 +70,7 @@ def _sync_study(file: Path, cluster: Cluster, runs_dir: Path) -> None:
 
 
 def _send(plan: Plan, parent: str | None) -> None:
-    from launch.tracking import sync
+    from launch.sync import sync
 
     sent = sync(plan.recipe, plan.stages, plan.runs_dir, parent, plan.cluster)
     print(f"{plan.recipe.name}: {sent.metrics:,} metrics and {sent.files} files sent")

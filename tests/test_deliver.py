@@ -25,7 +25,8 @@ from launch.deliver import Forms, deliver_stage, push
 from launch.execution import Plan
 from launch.recipe import Recipe
 from launch.resolve import Stage
-from launch.tracking import register, store_uri
+from launch.store import store_uri
+from launch.tracking import register
 from recovery.adapters import CONFIG, WEIGHTS, write_uniform
 from recovery.artifacts import read_manifest
 from recovery.errors import Unavailable, UserError

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from launch.resolve import Stage
-from launch.tracking import Sent, start_run, start_study, sync, tracked
+from launch.sync import Sent, sync
+from launch.tracking import start_run, start_study, tracked
 from recovery.artifacts import partial_of, read_manifest
 from recovery.config import DegradeJob, ModelInput, Runtime, Tracking
 from recovery.damage_config import GaussianNoise
