@@ -75,15 +75,14 @@ def run_study(
     races = Races(study.halving, {point.name: point for point in points}, folder)
     known = read_outcomes(folder)
     done = {point.name for point in wanted if is_done(plans[point.name], known.get(point.name), memory)}
+    memory.save()
     behind = {name: why for name, plan in plans.items() if (why := races.observe(name, plan)) is not None}
-    stopped = {
-        n: Outcome("stopped", w) for n, w in behind.items() if not plans[n].stages[-1].job.runtime.output.exists()
-    }
+    unfinished = {name for name, plan in plans.items() if not plan.stages[-1].job.runtime.output.exists()}
+    stopped = {name: Outcome("stopped", why) for name, why in behind.items() if name in unfinished}
     queue = [point for point in wanted if point.name not in stopped and point.name not in done]
     # What is about to be tried has not failed, and what halving stopped under other settings may go on.
-    change_outcomes(
-        folder, stopped, forget=[*(p.name for p in queue), *(n for n, o in known.items() if o.end == "stopped")]
-    )
+    former = {name for name, outcome in known.items() if outcome.end == "stopped"}
+    change_outcomes(folder, stopped, forget=[*(point.name for point in queue), *former])
     log.info("%d of %d points to do", len(queue), len(wanted))
 
     def report() -> None:
@@ -97,6 +96,8 @@ def run_study(
             for ended, exit_code in _ends(queue, plans, races, start, len(shares), minutes):
                 change_outcomes(folder, {ended.point.name: _outcome(ended, exit_code, plans)})
                 report()
+        # What there was no time for ended as it did the last time.
+        change_outcomes(folder, {p.name: known[p.name] for p in queue if p.name in known and p.name not in stopped})
         if forecast:
             make_forecasts([plans[point.name] for point in wanted], folder)
         report()
@@ -184,22 +185,25 @@ def _children(shares: Sequence[Share], runs_dir: Path, parent: str | None) -> It
 
 
 def _ends(
-    queue: Sequence[Point],
+    waiting: list[Point],
     plans: Mapping[str, Plan],
     races: Races,
     start: _Start,
     most: int,
     minutes: float | None,
 ) -> Iterator[tuple[Running, int]]:
-    """Every point as it ends for good, with its exit code. Raises KeyboardInterrupt where one was interrupted."""
-    waiting, again, begun = list(queue), set[str](), time.monotonic()
+    """Every point as it ends for good, with its exit code. Raises KeyboardInterrupt where one was interrupted.
+
+    waiting: what is to be run; in the end, what there was no time for.
+    """
+    again, begun, over = dict[str, tuple[Running, int]](), time.monotonic(), False
     bar = tqdm(total=len(waiting), unit="point", desc="study", disable=most == 1 or not sys.stderr.isatty())
     with bar:
-        while waiting or start.running:
-            if waiting and minutes is not None and time.monotonic() - begun > 60 * minutes:
+        while (waiting and not over) or start.running:
+            if waiting and not over and minutes is not None and time.monotonic() - begun > 60 * minutes:
                 log.info("%.0f minutes are over: the same command goes on", minutes)
-                waiting.clear()
-            while waiting and len(start.running) < most:
+                over = True
+            while waiting and not over and len(start.running) < most:
                 point = waiting.pop(0)
                 log.info("%s%s; %d more", point.name, ", again" if point.name in again else "", len(waiting))
                 start(point, plans[point.name])
@@ -219,12 +223,15 @@ def _ends(
                     log.error(
                         "%s failed (%s); once more at the end", name, why_failed(plans[name], running.before, code)
                     )
-                    again.add(name)
+                    again[name] = running, code
                     waiting.append(running.point)
                     continue
                 bar.update()
                 yield running, code
             time.sleep(POLL_S)
+    for point in [point for point in waiting if point.name in again]:
+        waiting.remove(point)
+        yield again[point.name]
 
 
 def logs_of(plan: Plan) -> list[Path]:

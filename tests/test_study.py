@@ -172,6 +172,17 @@ def test_what_failed_is_tried_once_more_after_the_others(tmp_path: Path, tiny: P
     assert ends == {"1": "done", "2": "failed", "4": "failed", "8": "done"}
 
 
+def test_what_there_is_no_time_for_stays_as_it_ended(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    stand_in(tmp_path, monkeypatch, {"1": "2", "2": "1 1"})
+    path = write_study(tmp_path, tiny, {"adapter.rank": [1, 2]})
+    command = ("study", str(path), "--runs-dir", str(tmp_path / "runs"))
+    assert invoke(monkeypatch, *command) == EXIT_FAILED
+    ended = read_outcomes(tmp_path / "runs" / "grid")
+    assert invoke(monkeypatch, *command, "--minutes", "0") == EXIT_FAILED
+    assert read_outcomes(tmp_path / "runs" / "grid") == ended
+    assert (tmp_path / "tried").read_text().split() == ["1", "2", "2"]
+
+
 def test_points_run_at_the_same_time_and_stop_together(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch):
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one core")
