@@ -7,6 +7,7 @@ far beyond what was measured are too good, and are marked.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from eval.plots import NORMAL_95
 
 QUANTITIES = {"tokens": "tokens", "parameters": "adapter parameters", "model_parameters": "model size"}
 DISTINCT, APART = 3, 1.2
-"""Values of a quantity below which nothing is said of it, and the ratio from which two of them count as two: two seeds'
+"""Values of a quantity that tell a law from chance, and the ratio from which two of them count as two: two seeds'
 corpora differ a little in their tokens."""
 TOGETHER = 0.95
 """Correlation of two quantities' logarithms from which their merits are not told apart."""
@@ -38,8 +39,8 @@ class Law:
     """Of one series. Logarithms are natural."""
 
     names: tuple[str, ...]
-    """The quantities that are told apart, in the order of the coefficients after the constant. Adapter parameters that
-    grow with the model size are left out: its exponent stands for both."""
+    """The quantities that vary, in the order of the coefficients after the constant, but for adapter parameters that
+    grow with the model size: its exponent stands for both."""
     coefficients: tuple[float, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
@@ -50,6 +51,10 @@ class Law:
     """Of the logarithm, in the order of the points."""
     measured: dict[str, tuple[float, float]]
     """The least and largest value of every quantity."""
+    values: dict[str, int]
+    """How many there are of each, APART."""
+    adapter_grows: bool
+    """Whether adapter parameters are left out, as they grow with the model size."""
 
     def left(self, at: Mapping[str, float]) -> tuple[float, float, float]:
         """The share of the KL left: mean, and its 95 % interval."""
@@ -58,15 +63,9 @@ class Law:
         error = self.quantile * math.sqrt(max(float(row @ np.array(self.covariance) @ row), 0.0))
         return math.exp(middle), math.exp(middle - error), math.exp(middle + error)
 
-    @property
-    def adapter_grows(self) -> bool:
-        """Whether the exponent of the model size is also of adapters that grow with it."""
-        low, high = self.measured["parameters"]
-        return "model_parameters" in self.names and "parameters" not in self.names and high > APART * low
-
     def is_sure(self, name: str) -> bool:
-        """Whether the quantity is in the law and the 95 % interval of its exponent leaves out zero."""
-        if name not in self.names:
+        """Whether the quantity took DISTINCT values and the 95 % interval of its exponent leaves out zero."""
+        if name not in self.names or self.values[name] < DISTINCT:
             return False
         place = self.names.index(name) + 1
         return self.low[place] > 0 or self.high[place] < 0
@@ -79,12 +78,15 @@ class Law:
         return Budget(*(self._reach(1 - recovery, at, which) for which in (0, 1, 2)))
 
     def beyond(self, at: Mapping[str, float]) -> dict[str, float]:
-        """How many times outside the measured range each quantity is, above or below; those within are left out."""
+        """Of the quantities outside their measured range: how many times the largest value (above 1), or which share of
+        the least (below 1)."""
         found = {}
         for name, value in at.items():
             low, high = self.measured[name]
-            if (times := max(value / high, low / value)) > INSIDE:
-                found[name] = times
+            if value > INSIDE * high:
+                found[name] = value / high
+            elif value < low / INSIDE:
+                found[name] = value / low
         return found
 
     def _reach(self, left: float, at: Mapping[str, float], which: int) -> float | None:
@@ -106,7 +108,9 @@ class Law:
         tuples = {name: tuple(content[name]) for name in ("names", "coefficients", "low", "high", "residuals")}
         covariance = tuple(tuple(map(float, row)) for row in content["covariance"])
         measured = {name: (float(low), float(high)) for name, (low, high) in content["measured"].items()}
-        return cls(**tuples, covariance=covariance, quantile=float(content["quantile"]), measured=measured)
+        values = {name: int(count) for name, count in content["values"].items()}
+        known = {"quantile": float(content["quantile"]), "adapter_grows": bool(content["adapter_grows"])}
+        return cls(**tuples, **known, covariance=covariance, measured=measured, values=values)
 
 
 @dataclass(frozen=True)
@@ -123,20 +127,23 @@ def fit(points: Sequence[Mapping[str, float]]) -> Law:
     """points: {tokens, parameters, model_parameters, left}, all above 0. Raises NoLaw."""
     import statsmodels.api as sm
 
-    names = [name for name in QUANTITIES if _distinct([point[name] for point in points]) >= DISTINCT]
-    if not names:
+    values = {name: _distinct([point[name] for point in points]) for name in QUANTITIES}
+    if max(values.values()) < DISTINCT:
         raise NoLaw(f"none of {', '.join(QUANTITIES.values())} has {DISTINCT} values in {len(points)} finished points")
-    if "parameters" in names and "model_parameters" in names and _go_together(points, "parameters", "model_parameters"):
+    # One of two values is in it too: points of two adapters are not points of one.
+    names = [name for name in QUANTITIES if values[name] > 1]
+    grows = {"parameters", "model_parameters"} <= set(names) and _together(points, "parameters", "model_parameters") > 0
+    if grows:
         names.remove("parameters")
-    for name in names[1:] if names[0] == "tokens" else ():
-        if _go_together(points, "tokens", name):
-            raise NoLaw(f"tokens and {QUANTITIES[name]} grow together: whose merit it is cannot be told")
+    for one, other in itertools.combinations(names, 2):
+        if _together(points, one, other):
+            raise NoLaw(f"{QUANTITIES[one]} and {QUANTITIES[other]} vary together: whose merit it is cannot be told")
     if len(points) < len(names) + 3:
         varied = ", ".join(QUANTITIES[name] for name in names)
         raise NoLaw(f"{len(points)} finished points, and {varied} need {len(names) + 3}")
     design = np.array([[1.0, *(math.log(point[name]) for name in names)] for point in points])
     if np.linalg.matrix_rank(design) < design.shape[1]:
-        raise NoLaw(f"{', '.join(QUANTITIES[name] for name in names)} grow together")
+        raise NoLaw(f"{', '.join(QUANTITIES[name] for name in names)} vary together")
     result = sm.OLS(np.log([point["left"] for point in points]), design).fit()
     interval: NDArray[np.float64] = np.asarray(result.conf_int(0.05))
     coefficients = np.asarray(result.params)
@@ -151,12 +158,17 @@ def fit(points: Sequence[Mapping[str, float]]) -> Law:
         float(spread.max()),
         tuple(map(float, np.asarray(result.resid))),
         {name: (min(p[name] for p in points), max(p[name] for p in points)) for name in QUANTITIES},
+        values,
+        grows,
     )
 
 
-def _go_together(points: Sequence[Mapping[str, float]], one: str, other: str) -> bool:
+def _together(points: Sequence[Mapping[str, float]], one: str, other: str) -> int:
+    """1 or -1 where the logarithms rise together or one falls as the other rises, too much to tell them apart; else
+    0."""
     logarithms = np.log([[point[one], point[other]] for point in points])
-    return bool(abs(np.corrcoef(logarithms.T)[0, 1]) > TOGETHER)
+    correlation = float(np.corrcoef(logarithms.T)[0, 1])
+    return round(math.copysign(1, correlation)) if abs(correlation) > TOGETHER else 0
 
 
 def rounded(tokens: float | None) -> str:

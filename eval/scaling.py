@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from eval.law import MOST, QUANTITIES, Law, NoLaw, fit, rounded, trend
+from eval.law import DISTINCT, MOST, QUANTITIES, Law, NoLaw, fit, rounded, trend
 from eval.plots import GRID, INK, MUTED, STYLE, new_figure
 from eval.table import percent
 
@@ -187,8 +187,8 @@ def _law_lines(law: Law, members: Sequence[Mapping[str, Any]]) -> list[str]:
     worst = max(abs(np.expm1(residual)) for residual in law.residuals)
     claim = (
         f"The share of the KL left goes with {' x '.join(powers)} ({len(law.residuals)} points, 95 % intervals; "
-        f"residuals up to {100 * worst:.0f} %). A power law has no floor, and adapters have one: what is beyond the "
-        "measured range is too good rather than too bad."
+        f"residuals up to {100 * worst:.0f} %). A power law has no floor, and adapters have one: above the measured "
+        "tokens it is too good rather than too bad."
     )
     lines = [
         claim,
@@ -221,14 +221,18 @@ def _budget_lines(law: Law, members: Sequence[Mapping[str, Any]]) -> list[str]:
             if budget is None:
                 return [*lines[:-2], "What tokens would take to a target is not told: they do not measurably help.", ""]
             ends = f"{rounded(budget.low)} to {rounded(budget.high)}"
-            # Where it takes more tokens than are named, it is beyond by at least so much.
             found = law.beyond({**at, "tokens": budget.tokens or MOST})
-            far = ", ".join(f"x {times:,.1f} {QUANTITIES[quantity]}" for quantity, times in found.items())
+            far = ", ".join(_how_far(QUANTITIES[quantity], times) for quantity, times in found.items())
+            far = far if budget.tokens is not None else f"at least {far}"
             grows = law.adapter_grows and "model_parameters" in found
             parameters = "grow with it" if grows else f"{at['parameters']:,.0f}"
             cells = [percent(target, 0), name, parameters, rounded(budget.tokens), ends, far or "within"]
             lines.append(f"| {' | '.join(cells)} |")
     return [*lines, *(["", without] if without else []), ""]
+
+
+def _how_far(quantity: str, times: float) -> str:
+    return f"x {times:,.1f} {quantity}" if times > 1 else f"below: {times:.2f} of the least {quantity}"
 
 
 def _places(law: Law, measured: Sequence[Mapping[str, float]]) -> tuple[list[tuple[str, dict[str, float]]], str]:
@@ -237,7 +241,7 @@ def _places(law: Law, measured: Sequence[Mapping[str, float]]) -> tuple[list[tup
     adapters = sorted({p["parameters"] for p in measured if p["model_parameters"] == largest})
     ends = [adapters[0], adapters[-1]] if "parameters" in law.names and len(adapters) > 1 else [adapters[-1]]
     places = [("as measured", {"parameters": end, "model_parameters": largest}) for end in ends]
-    if "model_parameters" not in law.names:
+    if law.values["model_parameters"] < DISTINCT:
         return places, "Of other model sizes nothing can be said: fewer than three were measured."
     if not law.is_sure("model_parameters"):
         return places, "Of larger models nothing can be said: the exponent of their size is not told from zero."

@@ -8,6 +8,7 @@ that a study that was killed judges as before.
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -80,15 +81,22 @@ class Races:
         """Judge by the lines that are new. A last line that a kill cut short is removed: its writer measures again."""
         log = self._folder / HALVING
         if not log.exists():
+            self._read = 0
+            self._seen, self._races, self._behind = set(), {}, {}
             return
         with log.open("r+b") as file:
+            if file.seek(0, os.SEEK_END) < self._read:  # removed, to judge anew
+                self._read = 0
+                self._seen, self._races, self._behind = set(), {}, {}
             file.seek(self._read)
-            whole = file.read().rpartition(b"\n")
-            new = whole[0] + whole[1]
-            self._read += len(new)
-            file.truncate(self._read)
+            *whole, rest = file.read().splitlines(keepends=True) or [b""]
+            if rest.endswith(b"\n"):
+                whole.append(rest)
+            elif rest:
+                file.truncate(self._read + sum(map(len, whole)))
+            self._read += sum(map(len, whole))
         assert self._settings is not None
-        for text in new.splitlines():
+        for text in whole:
             line = json.loads(text)
             if line["point"] in self._points and line["settings"] == self._settings.model_dump_json():
                 self._take(line["point"], line["train"], line["tokens"], line["kl"])

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from eval.evidence import parameters_of
-from eval.law import QUANTITIES, Law, rounded
+from eval.law import DISTINCT, QUANTITIES, Law, rounded
 from launch.recipe import Recipe
 from launch.resolve import resolve_names
 from recovery.errors import UserError
@@ -65,8 +65,9 @@ def sized_by_law(recipe: Recipe, path: Path, series: str | None, target: float) 
         f"({rounded(budget.low)} to {rounded(budget.high)}), so generate.samples={samples} of {per_sample:,.0f} tokens "
         "each, as measured; predicted"
     )
+    many = budget.tokens > law.measured["tokens"][1]
     notes = {
-        "tokens": "a power law has no floor",
+        "tokens": "a power law has no floor" if many else "fewer than were measured",
         "model_parameters": _known(law, "model_parameters"),
         "parameters": "it grew with the models' size" if law.adapter_grows else _known(law, "parameters"),
     }
@@ -85,4 +86,6 @@ def sized_by_law(recipe: Recipe, path: Path, series: str | None, target: float) 
 def _known(law: Law, quantity: str) -> str:
     if quantity not in law.names:
         return "the law does not know it: it was not varied"
+    if law.values[quantity] < DISTINCT:
+        return "by two measured values alone"
     return "by its exponent" if law.is_sure(quantity) else "its exponent is not told from zero"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from recovery.errors import DamagedArtifact
 from recovery.files import HashMemory, read_json, write_json
 from recovery.stage import check_reusable
 
-OUTCOMES = "outcomes.json"
+OUTCOMES, AT_WORK = "outcomes.json", ".at-work"
 """In the study's folder."""
 
 
@@ -34,6 +35,27 @@ def alone(folder: Path) -> Iterator[None]:
     """No other command writes into the study's folder: slices of a study may run at the same time."""
     with turn(folder / ".lock", lambda: None):
         yield
+
+
+@contextmanager
+def at_work(folder: Path) -> Iterator[None]:
+    """Seen by `is_at_work` until the block or process ends; several commands may be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / AT_WORK).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def is_at_work(folder: Path) -> bool:
+    """Whether a command runs points of the study now."""
+    if not (folder / AT_WORK).exists():
+        return False
+    with (folder / AT_WORK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def read_outcomes(folder: Path) -> dict[str, Outcome]:
@@ -60,6 +82,8 @@ def is_done(plan: Plan, outcome: Outcome | None, memory: HashMemory) -> bool:
     as they were."""
     report = plan.stages[-1].job
     if outcome != Outcome("done", report.artifact_name):
+        return False
+    if not all(stage.job.runtime.output.exists() for stage in plan.stages):
         return False
     try:
         return check_reusable(report, memory)

@@ -58,8 +58,10 @@ def run_stage_process(stage: Stage, run_folder: Path, cluster: Cluster, argument
     if code != EXIT_DONE and exit_file.exists():
         code = int(exit_file.read_text())
     exit_file.unlink(missing_ok=True)
-    if code < 0:
-        _tell_of_kill(stage, signal.Signals(-code).name)
+    # A shell's and our guard's way to tell of a signal is 128 and its number.
+    number = -code if code < 0 else code - 128 if code > 128 and code != EXIT_INTERRUPTED else 0
+    if number in set(signal.Signals):
+        _tell_of_kill(stage, signal.Signals(number).name)
     # Launchers have codes of their own.
     return code if code in (EXIT_DONE, EXIT_USER, EXIT_INTERRUPTED) else EXIT_FAILED
 

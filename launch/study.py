@@ -24,7 +24,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from launch.cluster import Cluster
 from launch.distributed import start_of
 from launch.execution import Plan
-from launch.outcomes import Outcome, read_outcomes
+from launch.outcomes import Outcome, is_at_work, read_outcomes
 from launch.pipeline import job_file_of
 from launch.recipe import Recipe, check_config, load_config, read_yaml, set_field
 from recovery.artifacts import folder_of
@@ -225,7 +225,8 @@ def show_status(plans: Mapping[str, Plan], folder: Path, *, watch: bool) -> None
         while True:
             found = states(plans, folder)
             live.update(Text(status_table(found)))
-            if all(state.finished or state.ended is not None for state in found.values()):
+            # One that failed before is tried again by a command at work.
+            if all(state.finished or state.ended is not None for state in found.values()) and not is_at_work(folder):
                 return
             time.sleep(1)
 

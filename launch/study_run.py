@@ -22,7 +22,7 @@ from tqdm import tqdm
 from launch.cluster import Cluster
 from launch.execution import Plan, write_origin
 from launch.halving import Races
-from launch.outcomes import Outcome, alone, change_outcomes, is_done, read_outcomes, reasons
+from launch.outcomes import Outcome, alone, at_work, change_outcomes, is_at_work, is_done, read_outcomes, reasons
 from launch.point import note_of
 from launch.share import Share, shares_of
 from launch.study import Point, Study, is_whole, plans_of, states, status_table
@@ -80,39 +80,44 @@ def run_study(
     unfinished = {name for name, plan in plans.items() if not plan.stages[-1].job.runtime.output.exists()}
     stopped = {name: Outcome("stopped", why) for name, why in behind.items() if name in unfinished}
     queue = [point for point in wanted if point.name not in stopped and point.name not in done]
-    # What is about to be tried has not failed, and what halving stopped under other settings may go on.
-    former = {name for name, outcome in known.items() if outcome.end == "stopped"}
-    change_outcomes(folder, stopped, forget=[*(point.name for point in queue), *former])
+    # What halving stopped under other settings may go on.
+    change_outcomes(folder, stopped, forget=[name for name, outcome in known.items() if outcome.end == "stopped"])
     log.info("%d of %d points to do", len(queue), len(wanted))
 
     def report() -> None:
         with alone(folder):
             write_report(study, points, plans, reasons(read_outcomes(folder)), folder)
 
-    parent = start_study(study.name, points[0].recipe.tracking.experiment, runs_dir)
-    code = status = EXIT_FAILED
+    with alone(folder):
+        parent = start_study(study.name, points[0].recipe.tracking.experiment, runs_dir)
+    status, ends = EXIT_FAILED, dict[str, Outcome]()
     try:
-        with _children(shares, runs_dir, parent) as start:
-            for ended, exit_code in _ends(queue, plans, races, start, len(shares), minutes):
-                change_outcomes(folder, {ended.point.name: _outcome(ended, exit_code, plans)})
-                report()
-        # What there was no time for ended as it did the last time.
-        change_outcomes(folder, {p.name: known[p.name] for p in queue if p.name in known and p.name not in stopped})
-        if forecast:
-            make_forecasts([plans[point.name] for point in wanted], folder)
-        report()
-        ends = read_outcomes(folder)
-        failed = [point for point in wanted if point.name in ends and ends[point.name].end == "failed"]
-        code = EXIT_FAILED if failed else EXIT_DONE
-        status = code if code != EXIT_DONE or is_whole(plans, folder) else EXIT_INTERRUPTED
+        with at_work(folder):
+            with _children(shares, folder, runs_dir, parent) as start:
+                for ended, exit_code in _ends(queue, plans, races, start, len(shares), minutes):
+                    ends[ended.point.name] = _outcome(ended, exit_code, plans)
+                    change_outcomes(folder, {ended.point.name: ends[ended.point.name]})
+                    report()
+            if forecast:
+                make_forecasts([plans[point.name] for point in wanted], folder)
+            report()
+            noted = read_outcomes(folder)
+            status = EXIT_FAILED if _some_failed(noted) else EXIT_DONE if is_whole(plans, folder) else EXIT_INTERRUPTED
     except KeyboardInterrupt:
         status = EXIT_INTERRUPTED
         raise
     finally:
-        end_study(parent, runs_dir, folder, status)
+        # The last command at work says how the study ended.
+        end_study(parent, runs_dir, folder, None if is_at_work(folder) else status)
+    names = {point.name for point in wanted}
+    code = EXIT_FAILED if _some_failed({n: o for n, o in {**noted, **ends}.items() if n in names}) else EXIT_DONE
     print(status_table(states({point.name: plans[point.name] for point in wanted}, folder)))
     print(f"\nresults  {folder / 'results.html'}   (and results.md)")
     return code
+
+
+def _some_failed(found: Mapping[str, Outcome]) -> bool:
+    return any(outcome.end == "failed" for outcome in found.values())
 
 
 def _outcome(ended: Running, code: int, plans: Mapping[str, Plan]) -> Outcome:
@@ -130,14 +135,15 @@ def _outcome(ended: Running, code: int, plans: Mapping[str, Plan]) -> Outcome:
 class _Start:
     """Starts a point on a share of the cluster."""
 
-    def __init__(self, shares: Sequence[Share], runs_dir: Path, parent: str | None) -> None:
-        self._shares, self._runs_dir, self._parent = shares, runs_dir, parent
+    def __init__(self, shares: Sequence[Share], folder: Path, runs_dir: Path, parent: str | None) -> None:
+        self._shares, self._folder, self._runs_dir, self._parent = shares, folder, runs_dir, parent
         self.running: list[Running] = []
 
     def __call__(self, point: Point, plan: Plan) -> Running:
         taken = {running.share for running in self.running}
         number = next(number for number in range(len(self._shares)) if number not in taken)
         share = self._shares[number]
+        change_outcomes(self._folder, {}, forget=[point.name])  # tried again, it has not failed
         recipe, cluster = write_origin(point.recipe, share.cluster, plan.run_folder)
         before = {path: path.stat().st_size for path in logs_of(plan) if path.exists()}
         command = [sys.executable, "-m", "launch.guard", str(os.getpid()), *POINT]
@@ -175,9 +181,9 @@ class _Start:
 
 
 @contextlib.contextmanager
-def _children(shares: Sequence[Share], runs_dir: Path, parent: str | None) -> Iterator[_Start]:
+def _children(shares: Sequence[Share], folder: Path, runs_dir: Path, parent: str | None) -> Iterator[_Start]:
     """However this ends, no point goes on; each keeps what it has."""
-    start = _Start(shares, runs_dir, parent)
+    start = _Start(shares, folder, runs_dir, parent)
     try:
         yield start
     finally:
@@ -185,25 +191,23 @@ def _children(shares: Sequence[Share], runs_dir: Path, parent: str | None) -> It
 
 
 def _ends(
-    waiting: list[Point],
+    queue: Sequence[Point],
     plans: Mapping[str, Plan],
     races: Races,
     start: _Start,
     most: int,
     minutes: float | None,
 ) -> Iterator[tuple[Running, int]]:
-    """Every point as it ends for good, with its exit code. Raises KeyboardInterrupt where one was interrupted.
-
-    waiting: what is to be run; in the end, what there was no time for.
-    """
-    again, begun, over = dict[str, tuple[Running, int]](), time.monotonic(), False
+    """Every point as it ends, with its exit code; twice where it is tried again. Raises KeyboardInterrupt where one was
+    interrupted."""
+    waiting, again, begun = list(queue), set[str](), time.monotonic()
     bar = tqdm(total=len(waiting), unit="point", desc="study", disable=most == 1 or not sys.stderr.isatty())
     with bar:
-        while (waiting and not over) or start.running:
-            if waiting and not over and minutes is not None and time.monotonic() - begun > 60 * minutes:
+        while waiting or start.running:
+            if waiting and minutes is not None and time.monotonic() - begun > 60 * minutes:
                 log.info("%.0f minutes are over: the same command goes on", minutes)
-                over = True
-            while waiting and not over and len(start.running) < most:
+                waiting.clear()
+            while waiting and len(start.running) < most:
                 point = waiting.pop(0)
                 log.info("%s%s; %d more", point.name, ", again" if point.name in again else "", len(waiting))
                 start(point, plans[point.name])
@@ -220,18 +224,12 @@ def _ends(
                     raise KeyboardInterrupt
                 if code not in (EXIT_DONE, EXIT_USER) and running.stopped is None and name not in again:
                     # Once: a server or a host may have been away. The user's mistakes stay what they are.
-                    log.error(
-                        "%s failed (%s); once more at the end", name, why_failed(plans[name], running.before, code)
-                    )
-                    again[name] = running, code
+                    again.add(name)
                     waiting.append(running.point)
-                    continue
-                bar.update()
+                else:
+                    bar.update()
                 yield running, code
             time.sleep(POLL_S)
-    for point in [point for point in waiting if point.name in again]:
-        waiting.remove(point)
-        yield again[point.name]
 
 
 def logs_of(plan: Plan) -> list[Path]:

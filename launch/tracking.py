@@ -80,14 +80,15 @@ def _target(recipe: Recipe, runs_dir: Path, run: str) -> Tracking:
     return Tracking(uri=written, experiment=recipe.tracking.experiment, run_id=run)
 
 
-def end_study(parent: str | None, runs_dir: Path, folder: Path, code: int) -> None:
-    """Tell MLflow how a study ended, with its results so far. folder: the study's."""
+def end_study(parent: str | None, runs_dir: Path, folder: Path, code: int | None) -> None:
+    """Tell MLflow how a study ended, with its results so far. folder: the study's. code: None where it goes on."""
     if parent is None:
         return
     try:
         client = mlflow_client(store_uri(runs_dir))
         send_results(client, parent, folder)
-        client.set_terminated(parent, _status(code))
+        if code is not None:
+            client.set_terminated(parent, _status(code))
     except Exception as error:  # noqa: BLE001 - as for a recipe's run
         _say_silent(error)
 

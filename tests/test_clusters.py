@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from launch.cluster import FOLDER, Cluster, load_cluster
-from launch.distributed import environment_of, start_of
+from launch.distributed import Start, environment_of, start_of
 from launch.pipeline import run_stage_process
 from recovery.errors import EXIT_INTERRUPTED, UserError, UserErrors
 from tests.conftest import REPOSITORY
@@ -121,10 +121,13 @@ def test_secrets_reach_the_other_hosts_by_file_alone(stage: Any, tmp_path: Path,
     assert done.stdout.decode().strip() == PASSWORD
 
 
+@pytest.mark.parametrize("hosts", [False, True])
 def test_a_stage_that_was_killed_is_told_of(
-    stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    hosts: bool, stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("launch.pipeline._run_elsewhere", lambda *_: -9)
+    kill = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+    elsewhere = tmp_path / "train.stop" if hosts else None
+    monkeypatch.setattr("launch.pipeline.start_of", lambda *_: Start(kill, {}, stop_file=elsewhere))
     runtime = stage.job.runtime.model_copy(update={"log": tmp_path / "logs" / "train.log"})
     killed = replace(stage, job=stage.job.model_copy(update={"runtime": runtime}))
     assert run_stage_process(killed, tmp_path, HOSTS) == 1

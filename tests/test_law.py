@@ -60,7 +60,7 @@ def test_a_budget_is_where_the_law_reaches_the_target():
     assert budget.high is not None
     assert budget.low < truth < budget.high
     assert law.beyond({**at, "tokens": 32e4}) == pytest.approx({"model_parameters": 10, "tokens": 2})
-    assert law.beyond({"tokens": 5e3, "parameters": 1e6}) == pytest.approx({"tokens": 2})
+    assert law.beyond({"tokens": 5e3, "parameters": 1e6}) == pytest.approx({"tokens": 0.5})
     again = Law.from_json(json.loads(json.dumps(law.to_json())))
     assert again == law
     far = law.tokens_for(1 - 1e-9, at)
@@ -84,7 +84,8 @@ def test_nothing_is_said_of_what_was_not_varied():
     # Seeds differ a little in their tokens; that is no variation.
     assert "has 3 values" in refusal([{**point, "tokens": 1e4 * (1 + 0.01 * n)} for n, point in enumerate(points(2))])
     # Both grow together: whose merit it is cannot be told.
-    assert "grow together" in refusal([{**point, "parameters": point["tokens"] * 10} for point in points(2)])
+    assert "vary together" in refusal([{**point, "parameters": point["tokens"] * 10} for point in points(2)])
+    assert "vary together" in refusal([{**point, "parameters": 1e9 / point["tokens"]} for point in points(2)])
 
 
 def test_adapters_that_grow_with_their_models_have_no_exponent_of_their_own():
@@ -94,6 +95,21 @@ def test_adapters_that_grow_with_their_models_have_no_exponent_of_their_own():
     assert law.names == ("tokens", "model_parameters")
     assert law.adapter_grows
     assert not fit(made).adapter_grows
+    alternating = [{**point, "parameters": 1e6 * (1 + number % 2)} for number, point in enumerate(made)]
+    assert not fit(alternating).adapter_grows
+
+
+def test_two_adapters_are_not_taken_for_one():
+    """Two values are no law of rank, and still two series: tokens keep their exponent, whichever had more."""
+    made = points(7, sizes=(1e8,), repeats=4)
+    for number, point in enumerate(made):
+        point["parameters"] = 1e6 * (4 if number % 5 > number // 7 else 1)  # the smaller ones have more tokens
+        point["left"] *= (point["parameters"] / 1e6) ** -0.5
+    law = fit(made)
+    assert law.names == ("tokens", "parameters")
+    assert law.low[1] < -0.4 < law.high[1]
+    assert law.low[2] < -0.5 < law.high[2]
+    assert not law.is_sure("parameters")
 
 
 def rows() -> list[dict[str, Any]]:
@@ -144,10 +160,11 @@ def test_larger_models_are_told_as_such():
     """Of sizes that were measured to 7e9: 13B and 70B are beyond, each by as much as it is; 7B is there."""
     text = scaling_text(series_of(sized_rows((1e8, 1e9, 7e9), 0.1), ["x"]))
     lines = [line for line in text.splitlines() if line.startswith("| 90 %")]
-    assert [line.split(" | ")[1] for line in lines] == ["as measured", "13B", "70B"]
-    assert "model size" not in lines[0]
-    assert "x 1.9 model size" in lines[1]
-    assert "x 10.0 model size" in lines[2]
+    assert [line.split(" | ")[1] for line in lines] == ["as measured", "as measured", "13B", "70B"]
+    assert "model size" not in lines[1]
+    assert "x 1.9 model size" in lines[2]
+    assert "x 10.0 model size" in lines[3]
+    assert [line.split(" | ")[2] for line in lines] == ["1,000,000", "2,000,000", "2,000,000", "2,000,000"]
     assert "Of larger models nothing can be said" in scaling_text(series_of(sized_rows((1e8, 1e9, 7e9), 0.0), ["x"]))
 
 

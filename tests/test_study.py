@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ import yaml
 import launch.study_run
 from launch.cluster import Cluster, LocalServers, Slurm, load_cluster
 from launch.halving import Race, Races
-from launch.outcomes import Outcome, change_outcomes, read_outcomes
+from launch.outcomes import Outcome, at_work, change_outcomes, is_at_work, read_outcomes
 from launch.share import shares_of
 from launch.study import Halving, Study, chosen, load_study, plans_of
 from recovery.artifacts import folder_of
@@ -129,11 +130,15 @@ def test_a_study_goes_on_past_a_failing_point(
     assert invoke(monkeypatch, *command, *only) == 0
     assert {folder: folder.stat().st_mtime_ns for folder in (runs / "artifacts").glob("[a-z]*")} == stamps
     assert (runs / "grid" / "study.log").read_text().splitlines()[-1].endswith("0 of 2 points to do")
-    # A finished point whose report is not what it was is not passed over.
+    # A finished point of which something was removed, or whose report is not what it was, is not passed over.
+    scores = (runs / "grid.closed.4" / "scores" / "recovered").resolve()
+    shutil.rmtree(scores)
+    assert invoke(monkeypatch, *command, *only) == 0
+    assert scores.exists()
+    assert "1 of 2 points to do" in (runs / "grid" / "study.log").read_text()
     report = runs / "grid.closed.4" / "report" / "report.md"
     report.write_text(report.read_text() + "better")
     assert invoke(monkeypatch, *command, *only) == 1
-    assert "1 of 2 points to do" in (runs / "grid" / "study.log").read_text()
     assert "done; the last attempt failed: point: " in capfd.readouterr().out
     assert invoke(monkeypatch, *command, "--status") == 0
     assert "closed.4   done" in capfd.readouterr().out
@@ -227,6 +232,15 @@ def test_commands_that_run_slices_of_a_study_keep_what_the_others_noted(tmp_path
     assert set(read_outcomes(tmp_path)) == {f"{worker}.9" for worker in range(8)}
 
 
+def test_a_study_is_at_work_until_its_last_command_ends(tmp_path: Path):
+    assert not is_at_work(tmp_path)
+    with at_work(tmp_path):
+        with at_work(tmp_path):
+            assert is_at_work(tmp_path)
+        assert is_at_work(tmp_path)
+    assert not is_at_work(tmp_path)
+
+
 def test_shares_of_a_cluster_do_not_meet():
     servers = LocalServers(count=1, port=9000)
     cluster = Cluster(name="c", nodes=("a", "b", "c", "d", "e"), processes=8, servers=servers)
@@ -294,6 +308,10 @@ def test_judgement_does_not_change_after_a_kill(tmp_path: Path, tiny: Path):
     assert races.observe("2", plans["2"]) == beside.observe("2", plans["2"])
     assert [json.loads(line)["tokens"] for line in log.read_text().splitlines()] == [100, 100, 200, 200, 300, 400]
     assert Races(None, by_name, folder).observe("2", plans["2"]) is None
+    log.unlink()  # to judge anew, while a command is at work
+    measure("2", [2.0, 1.5, 1.4, 1.3, 1.2])
+    races.observe("2", plans["2"])
+    assert [json.loads(line)["tokens"] for line in log.read_text().splitlines()] == [100, 200, 300, 400, 500]
     other = settings.model_copy(update={"first_tokens": 1000})
     assert Races(other, by_name, tmp_path / "other").observe("2", plans["2"]) is None
 
