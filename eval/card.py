@@ -52,36 +52,12 @@ def model_card(
 ) -> str:
     """summary: the report's. manifest: the adapter's. generator: what the corpus was sampled from. checks: of the forms
     that are delivered."""
-    base, settings, made = base_name(job.degraded), manifest["job"]["adapter"], manifest["job"]
-    licence = license_of(job.reference.path)
+    made, base, licence = manifest["job"], base_name(job.degraded), license_of(job.reference.path)
     source = "the reference" if generator.digest == job.reference.digest else base_name(generator)
-    labelled = made.get("labelled") is not None
-    about = {
-        "base_model": base,
-        "library_name": "peft",
-        "pipeline_tag": "text-generation",
-        "license": licence if licence != UNKNOWN else "other",
-        "tags": ["lora", "recover-lora", *(["distillation"] if _has_teacher(made) else [])],
-    }
-    rows = [
-        ["method", method_of(made)],
-        ["reference", base_name(job.reference)],
-        ["degraded base", base],
-        ["where", _text(settings["placement"])],
-        ["rank", _text(settings["rank"]) if settings["placement"] != "auto" else "by module (rank_pattern)"],
-        ["trainable parameters", f"{summary['trainable_parameters']:,}"],
-        ["tokens of loss and calibration", f"{summary['tokens']:,}"],
-        ["text", f"{'labelled, written by people; held out: ' if labelled else ''}sampled from {source}"],
-    ]
-    forms = [
-        [one.form, f"{one.kl:.4f}", f"{one.scored_kl:.4f}", f"{one.tokens_different} of {one.tokens_compared}"]
-        for one in checks
-    ]
     shown = markdown_table(HEADER, [*divergence_rows(summary), *benchmark_rows(summary)])
-    form_table = markdown_table(("form", "KL, loaded again", "KL, scored", "greedy tokens that differ"), forms)
     return f"""\
 ---
-{yaml.safe_dump(about, sort_keys=False).strip()}
+{_front_matter(base, licence, made)}
 ---
 
 # {job.name}
@@ -99,9 +75,7 @@ is within noise.
 
 ## How it was made
 
-| | |
-|---|---|
-{chr(10).join(f"| {name} | {value} |" for name, value in rows)}
+{_making(job, summary, made, source)}
 
 ## Use
 
@@ -113,11 +87,11 @@ degraded = AutoModelForCausalLM.from_pretrained("path/to/{base}")
 recovered = PeftModel.from_pretrained(degraded, "path/to/this/folder")
 ```
 
-{_vllm_use(base, settings)}{_gguf_use(job)}
+{_vllm_use(base, made["adapter"])}{_gguf_use(job)}
 
 ## Checked
 
-{form_table}
+{_checked(checks)}
 
 ## Limits
 
@@ -126,6 +100,43 @@ Recovery was measured on synthetic text of {source} and on the benchmarks above,
 
 Licence of the reference: {licence}; an adapter made from it is a derivative.
 """
+
+
+def _front_matter(base: str, licence: str, made: Mapping[str, Any]) -> str:
+    """What the hub reads. made: the job of the adapter's manifest, here and below."""
+    has_teacher = "train" in made and made["train"]["loss"]["cross_entropy"] < 1
+    about = {
+        "base_model": base,
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "license": licence if licence != UNKNOWN else "other",
+        "tags": ["lora", "recover-lora", *(["distillation"] if has_teacher else [])],
+    }
+    return yaml.safe_dump(about, sort_keys=False).strip()
+
+
+def _making(job: DeliverJob, summary: Mapping[str, Any], made: Mapping[str, Any], source: str) -> str:
+    """source: what the corpus was sampled from."""
+    settings = made["adapter"]
+    rows = [
+        ["method", method_of(made)],
+        ["reference", base_name(job.reference)],
+        ["degraded base", base_name(job.degraded)],
+        ["where", _text(settings["placement"])],
+        ["rank", _text(settings["rank"]) if settings["placement"] != "auto" else "by module (rank_pattern)"],
+        ["trainable parameters", f"{summary['trainable_parameters']:,}"],
+        ["tokens of loss and calibration", f"{summary['tokens']:,}"],
+        ["text", f"{'labelled, written by people; held out: ' if _is_labelled(made) else ''}sampled from {source}"],
+    ]
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _checked(checks: Sequence[Check]) -> str:
+    forms = [
+        [one.form, f"{one.kl:.4f}", f"{one.scored_kl:.4f}", f"{one.tokens_different} of {one.tokens_compared}"]
+        for one in checks
+    ]
+    return markdown_table(("form", "KL, loaded again", "KL, scored", "greedy tokens that differ"), forms)
 
 
 def method_of(made: Mapping[str, Any]) -> str:
@@ -141,12 +152,12 @@ def method_of(made: Mapping[str, Any]) -> str:
     return f"{start}logit distillation: {mixed}"
 
 
-def _has_teacher(made: Mapping[str, Any]) -> bool:
-    return "train" in made and made["train"]["loss"]["cross_entropy"] < 1
+def _is_labelled(made: Mapping[str, Any]) -> bool:
+    return made.get("labelled") is not None
 
 
 def _limit(made: Mapping[str, Any]) -> str:
-    if made.get("labelled") is not None:
+    if _is_labelled(made):
         return "The adapter learned from the labelled text too, and passes on its biases beside the reference's."
     return "The adapter can only bring back what the reference knows, and passes on its biases."
 

@@ -11,6 +11,7 @@ from eval.causes import causes, want_of_text
 from eval.config import ReportJob
 from eval.evidence import Evidence
 from eval.table import HEADER, benchmark_rows, divergence_rows, percent, verdict
+from recovery.artifacts import CLUSTER, RECIPE
 from recovery.sources import is_gguf
 
 SHOWN_VERSIONS = ("python", "torch", "transformers", "peft", "deepspeed", "datasets", "lm_eval")
@@ -207,5 +208,5 @@ recover-lora deliver {given}
 
 def again(run_folder: Path, runs_dir: Path) -> str:
     """The arguments with which a command takes a run as it was."""
-    files = shlex.quote(str(run_folder / "recipe.yaml")), shlex.quote(str(run_folder / "cluster.yaml"))
+    files = shlex.quote(str(run_folder / RECIPE)), shlex.quote(str(run_folder / CLUSTER))
     return f"{files[0]} --cluster {files[1]} --runs-dir {shlex.quote(str(runs_dir))}"

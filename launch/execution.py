@@ -19,14 +19,12 @@ from launch.pipeline import is_finished, link, missing_inputs, run_stage_process
 from launch.recipe import Recipe
 from launch.resolve import Names, Stage, build_stages, check_models, partition_stage, resolve_names
 from launch.servers import ServerPool, Serving
-from recovery.artifacts import turn
+from recovery.artifacts import CLUSTER, RECIPE, turn
 from recovery.config import Job
 from recovery.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, Unavailable, UserError
 from recovery.files import HashMemory, write_atomic
 
 log = logging.getLogger("recover-lora")
-RECIPE, CLUSTER = "recipe.yaml", "cluster.yaml"
-"""In a run's folder: the recipe with all overrides and where it ran, which together make the run again."""
 
 
 def write_origin(recipe: Recipe, cluster: Cluster, run_folder: Path) -> tuple[Path, Path]:

@@ -51,15 +51,19 @@ class Races:
 
     def __init__(self, settings: Halving | None, points: Mapping[str, Point], folder: Path) -> None:
         self._settings, self._points, self._folder = settings, points, folder
+        self._begin()
+        if settings is not None:
+            with alone(folder):
+                self._catch_up()
+
+    def _begin(self) -> None:
+        """Nothing has been seen."""
         self._races: dict[tuple[str, ...], Race] = {}
         self._seen: set[tuple[str, int]] = set()
         """Points' keys, and tokens."""
         self._read = 0
         """Bytes of the log."""
         self._behind: dict[str, str] = {}
-        if settings is not None:
-            with alone(folder):
-                self._catch_up()
 
     def observe(self, point: str, plan: Plan) -> str | None:
         """Take in what a point has measured since the last time. Why it is to be stopped, or None."""
@@ -79,24 +83,15 @@ class Races:
 
     def _catch_up(self) -> None:
         """Judge by the lines that are new. A last line that a kill cut short is removed: its writer measures again."""
-        log = self._folder / HALVING
-        if not log.exists():
-            self._read = 0
-            self._seen, self._races, self._behind = set(), {}, {}
-            return
-        with log.open("r+b") as file:
+        with (self._folder / HALVING).open("a+b") as file:
             if file.seek(0, os.SEEK_END) < self._read:  # removed, to judge anew
-                self._read = 0
-                self._seen, self._races, self._behind = set(), {}, {}
+                self._begin()
             file.seek(self._read)
-            *whole, rest = file.read().splitlines(keepends=True) or [b""]
-            if rest.endswith(b"\n"):
-                whole.append(rest)
-            elif rest:
-                file.truncate(self._read + sum(map(len, whole)))
-            self._read += sum(map(len, whole))
+            whole, end, _ = file.read().rpartition(b"\n")
+            self._read += len(whole + end)
+            file.truncate(self._read)
         assert self._settings is not None
-        for text in whole:
+        for text in whole.splitlines():
             line = json.loads(text)
             if line["point"] in self._points and line["settings"] == self._settings.model_dump_json():
                 self._take(line["point"], line["train"], line["tokens"], line["kl"])

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 from launch.execution import Plan
-from recovery.artifacts import turn
+from recovery.artifacts import is_locked, turn
 from recovery.errors import DamagedArtifact
-from recovery.files import HashMemory, read_json, write_json
+from recovery.files import HashMemory, read_notes, write_json
 from recovery.stage import check_reusable
 
 OUTCOMES, AT_WORK = "outcomes.json", ".at-work"
@@ -48,21 +48,12 @@ def at_work(folder: Path) -> Iterator[None]:
 
 def is_at_work(folder: Path) -> bool:
     """Whether a command runs points of the study now."""
-    if not (folder / AT_WORK).exists():
-        return False
-    with (folder / AT_WORK).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    return is_locked(folder / AT_WORK)
 
 
 def read_outcomes(folder: Path) -> dict[str, Outcome]:
     """By the points' names. folder: the study's."""
-    path = folder / OUTCOMES
-    known = read_json(path) if path.exists() else {}
-    return {name: Outcome(**about) for name, about in known.items()}
+    return {name: Outcome(**about) for name, about in read_notes(folder / OUTCOMES).items()}
 
 
 def change_outcomes(folder: Path, made: Mapping[str, Outcome], forget: Iterable[str] = ()) -> None:

@@ -15,7 +15,7 @@ from launch.resolve import Stage
 from recovery.artifacts import MANIFEST, read_manifest
 from recovery.config import ModelInput
 from recovery.errors import without_credentials
-from recovery.files import read_json, write_json
+from recovery.files import read_notes, write_json
 from recovery.tracking import PARAMS
 
 PARENT = "mlflow.parentRunId"
@@ -52,7 +52,7 @@ def known_run(client: Any, note: Path, key: str, parent: str | None = None) -> s
     """The run that was made for this before, if the store still has it. A store that does not answer raises."""
     from mlflow.exceptions import MlflowException
 
-    run = (read_json(note) if note.exists() else {}).get(key)
+    run = read_notes(note).get(key)
     if run is None:
         return None
     try:
@@ -89,7 +89,7 @@ def send_params(client: Any, run: str, recipe: Recipe) -> None:
 
 def remember(note: Path, key: str, run: str) -> None:
     note.parent.mkdir(parents=True, exist_ok=True)
-    write_json(note, {**(read_json(note) if note.exists() else {}), key: run})
+    write_json(note, {**read_notes(note), key: run})
 
 
 def experiment_of(client: Any, name: str, runs_dir: Path) -> str:

@@ -11,11 +11,12 @@ from eval.markdown import again
 from eval.matrix import markdown, plot_recoveries, result_of
 from eval.page import html_page
 from eval.scaling import laws_file, plot_plane, plot_scaling, scaling_text, series_of
-from launch.execution import CLUSTER, Plan
+from launch.execution import Plan
 from launch.outcomes import alone
 from launch.study import Point, Study, state_of
+from recovery.artifacts import CLUSTER
 from recovery.errors import UserError, first_line
-from recovery.files import read_json, write_atomic, write_json
+from recovery.files import read_json, read_notes, write_atomic, write_json
 
 log = logging.getLogger("recover-lora")
 FORECASTS, LAWS = "forecasts.json", "laws.json"
@@ -28,7 +29,7 @@ def write_report(
     study: Study, points: Sequence[Point], plans: Mapping[str, Plan], failures: Mapping[str, str], folder: Path
 ) -> None:
     """plans: by the points' names. failures: why points have no result, by name."""
-    forecasts = known_forecasts(folder)
+    forecasts = read_notes(folder / FORECASTS)
     rows: list[dict[str, Any]] = []
     for point in points:
         plan = plans[point.name]
@@ -107,11 +108,6 @@ def degraded_of(plan: Plan) -> Path:
     return Path(given.path) if given is not None else plan.stages[0].job.runtime.output
 
 
-def known_forecasts(folder: Path) -> dict[str, float]:
-    path = folder / FORECASTS
-    return read_json(path) if path.exists() else {}
-
-
 def make_forecasts(plans: Sequence[Plan], folder: Path) -> None:
     """Forecast the KL recovery of the points whose damage is there, as `diagnose` does, once for each damage. What
     cannot be forecast is warned of and left out."""
@@ -121,7 +117,7 @@ def make_forecasts(plans: Sequence[Plan], folder: Path) -> None:
     from recovery.models import load_model
     from recovery.placement import check_adapter
 
-    known = known_forecasts(folder)
+    known = read_notes(folder / FORECASTS)
     wanted: dict[tuple[str, str], list[Plan]] = {}
     for plan in plans:
         if is_forecast(plan) and forecast_key(plan) not in known and degraded_of(plan).exists():
@@ -147,4 +143,4 @@ def make_forecasts(plans: Sequence[Plan], folder: Path) -> None:
             left = predict(spectra, ranks, costs.degraded.kl, costs.floor)
             known[forecast_key(plan)] = 1 - left / costs.degraded.kl
         with alone(folder):
-            write_json(folder / FORECASTS, {**known_forecasts(folder), **known})
+            write_json(folder / FORECASTS, {**read_notes(folder / FORECASTS), **known})

@@ -71,17 +71,9 @@ def run_study(
     folder = runs_dir / study.name
     shares = shares_of(cluster, parallel)
     set_up_logging("study", folder / "study.log")
-    plans, memory = plans_of(points, cluster, runs_dir), HashMemory(runs_dir / ".hashes.json")
+    plans = plans_of(points, cluster, runs_dir)
     races = Races(study.halving, {point.name: point for point in points}, folder)
-    known = read_outcomes(folder)
-    done = {point.name for point in wanted if is_done(plans[point.name], known.get(point.name), memory)}
-    memory.save()
-    behind = {name: why for name, plan in plans.items() if (why := races.observe(name, plan)) is not None}
-    unfinished = {name for name, plan in plans.items() if not plan.stages[-1].job.runtime.output.exists()}
-    stopped = {name: Outcome("stopped", why) for name, why in behind.items() if name in unfinished}
-    queue = [point for point in wanted if point.name not in stopped and point.name not in done]
-    # What halving stopped under other settings may go on.
-    change_outcomes(folder, stopped, forget=[name for name, outcome in known.items() if outcome.end == "stopped"])
+    queue = _to_do(wanted, plans, races, folder, HashMemory(runs_dir / ".hashes.json"))
     log.info("%d of %d points to do", len(queue), len(wanted))
 
     def report() -> None:
@@ -114,6 +106,21 @@ def run_study(
     print(status_table(states({point.name: plans[point.name] for point in wanted}, folder)))
     print(f"\nresults  {folder / 'results.html'}   (and results.md)")
     return code
+
+
+def _to_do(
+    wanted: Sequence[Point], plans: Mapping[str, Plan], races: Races, folder: Path, memory: HashMemory
+) -> list[Point]:
+    """Those of the wanted points that are neither done nor behind in their race; which are behind is noted anew, as
+    those that halving stopped under other settings may go on."""
+    known = read_outcomes(folder)
+    done = {point.name for point in wanted if is_done(plans[point.name], known.get(point.name), memory)}
+    memory.save()
+    behind = {name: why for name, plan in plans.items() if (why := races.observe(name, plan)) is not None}
+    unfinished = {name for name, plan in plans.items() if not plan.stages[-1].job.runtime.output.exists()}
+    stopped = {name: Outcome("stopped", why) for name, why in behind.items() if name in unfinished}
+    change_outcomes(folder, stopped, forget=[name for name, outcome in known.items() if outcome.end == "stopped"])
+    return [point for point in wanted if point.name not in stopped and point.name not in done]
 
 
 def _some_failed(found: Mapping[str, Outcome]) -> bool:

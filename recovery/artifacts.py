@@ -28,6 +28,8 @@ from recovery.errors import DamagedArtifact, UserError
 from recovery.files import HashMemory, digest_of, read_json, sync_folder, write_json
 from recovery.settings import Config
 
+RECIPE, CLUSTER = "recipe.yaml", "cluster.yaml"
+"""In a run's folder: the recipe with all overrides and where it ran, which together make the run again."""
 MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = 1
 LOCK_SECONDS = 5.0
@@ -174,9 +176,14 @@ def _lock_of(final: Path) -> Path:
 
 def is_being_built(final: Path) -> bool:
     """Whether a process works on this artifact now."""
-    if not _lock_of(final).exists():
+    return is_locked(_lock_of(final))
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds a lock on this file now, shared or for itself."""
+    if not path.exists():
         return False
-    with _lock_of(final).open("a") as file:
+    with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

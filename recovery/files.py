@@ -79,6 +79,11 @@ def read_json(path: Path) -> Any:
         raise UserError(str(path), f"not readable as JSON ({error})", "restore or remove it") from error
 
 
+def read_notes(path: Path) -> dict[str, Any]:
+    """A JSON object that is written when there is first something to note; {} before."""
+    return read_json(path) if path.exists() else {}
+
+
 def sync_folder(path: Path) -> None:
     """Make a rename inside `path` survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
