@@ -25,7 +25,8 @@ from recovery.corpus import SUMMARY
 from recovery.deepspeed_config import read_deepspeed
 from recovery.files import read_json
 from recovery.placement import linear_modules, select, skeleton
-from recovery.rehearsal import Phase, Rehearsal, cache_bytes_per_token, pace, rehearse
+from recovery.rehearsal import Case, Rehearsal, cache_bytes_per_token, pace, rehearse
+from recovery.tape import Phase
 from recovery.teacher_cache import bytes_per_token
 
 SHIPPED = ("zero1", "zero2", "zero3", "zero3_hpz", "zero3_offload")
@@ -212,17 +213,13 @@ class Task:
         sharing = self.rates.sharing
         if sharing is None:
             return {}
-        return pace(
-            self.reference,
-            self.degraded,
-            self.recipe.adapter,
-            self.recipe.train,
-            self.dtype,
-            self.lengths,
-            sparse_teacher(self.recipe),
-            torch.device("cuda" if self.rates.gpu else "cpu"),
-            lambda work: self.rates.seconds(work) / sharing,
-        )
+        device = torch.device("cuda" if self.rates.gpu else "cpu")
+        return pace(self.case, device, lambda work: self.rates.seconds(work) / sharing)
+
+    @property
+    def case(self) -> Case:
+        given, recipe = (self.reference, self.degraded), self.recipe
+        return Case(*given, recipe.adapter, recipe.train, self.dtype, self.lengths, sparse_teacher(recipe))
 
     def seconds(self, name: str, phase: Phase) -> float:
         """Of one device and micro-batch."""
@@ -418,18 +415,8 @@ def rehearsal_of(task: Task, layout: Layout) -> Rehearsal:
     """What a micro-batch does; the same for layouts that divide nothing within it, and remembered."""
     key = layout.checkpointing, is_in_pieces(task, layout)
     if key not in task.rehearsals:
-        recipe = task.recipe
-        task.rehearsals[key] = rehearse(
-            task.reference,
-            task.degraded,
-            recipe.adapter,
-            recipe.train,
-            task.dtype,
-            task.lengths,
-            sparse_teacher(recipe),
-            checkpointing=layout.checkpointing,
-            in_pieces=is_in_pieces(task, layout),
-        )
+        in_pieces = is_in_pieces(task, layout)
+        task.rehearsals[key] = rehearse(task.case, checkpointing=layout.checkpointing, in_pieces=in_pieces)
     return task.rehearsals[key]
 
 

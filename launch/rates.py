@@ -14,7 +14,7 @@ from launch.cluster import Cluster, uses_gpu
 from launch.probe import Product, devices
 from recovery.artifacts import REPOSITORY
 from recovery.errors import Unavailable, UserError
-from recovery.rehearsal import Work
+from recovery.tape import Work
 
 GIB = 2**30
 LAUNCH_S = {"cuda": 5e-6, "cpu": 1e-5}

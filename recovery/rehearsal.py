@@ -10,19 +10,12 @@ come. It takes seconds and no memory, and neither weights nor the device that th
 from __future__ import annotations
 
 import contextlib
-import math
-import time
-import weakref
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from recovery.adapters import add_adapter
 from recovery.attention import use_packed_attention
@@ -34,34 +27,25 @@ from recovery.gated import use_gated_products
 from recovery.loss import compare, distill, distill_trainable
 from recovery.models import TORCH_DTYPES, causal_lm, final_hidden, head_of, quiet_libraries
 from recovery.placement import linear_modules, parameter_budget, skeleton
+from recovery.tape import Clock, Phase, Tape, Work
 from recovery.targets import DenseTargets, SparseTargets
 
-GROUPED = torch.ops.aten._grouped_mm.default
-"""Products of experts, each with its own tokens."""
 PACE_ROUNDS = 4
 
 
 @dataclass(frozen=True)
-class Work:
-    """Some operations: how many there are of each (FLOPs of matrix products, bytes read and written)."""
+class Case:
+    """What is rehearsed: both models, what learns, and one micro-batch of samples of these lengths."""
 
-    operations: Counter[tuple[int, int]]
-
-    @property
-    def flops(self) -> int:
-        return sum(flops * count for (flops, _), count in self.operations.items())
-
-    @property
-    def kernels(self) -> int:
-        return self.operations.total()
-
-    def seconds(self, flops_s: float, bytes_s: float, launch_s: float = 0.0) -> float:
-        """Each operation is bound by its products or by its bytes (the roofline), and the device by nothing less than
-        launch_s an operation."""
-        roofline = sum(
-            max(flops / flops_s, moved / bytes_s) * count for (flops, moved), count in self.operations.items()
-        )
-        return max(roofline, self.kernels * launch_s)
+    reference: ModelInput
+    degraded: ModelInput
+    """Only its config is read, as the reference's."""
+    adapter: Adapter
+    train: Train
+    dtype: Dtype
+    lengths: tuple[int, ...]
+    teacher: SparseLogitsTeacher
+    """How sparse targets would be."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +55,6 @@ class Weights:
     total: int
     elements: int
     head: int
-
-
-@dataclass(frozen=True)
-class Phase:
-    """work: of one micro-batch. peak: most bytes alive in it beside the weights and what was kept before it."""
-
-    work: Work
-    peak: int
-    kept: int
-    """Bytes that are alive behind it and were not before."""
 
 
 @dataclass(frozen=True)
@@ -118,132 +92,22 @@ class Rehearsal:
         )
 
 
-class _Tape(TorchDispatchMode):
-    """Notes every operation, and the bytes of every storage that was made since, for as long as it lives."""
+def rehearse(case: Case, *, checkpointing: bool, in_pieces: bool) -> Rehearsal:
+    """The micro-batch as training would run it on one device.
 
-    def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
-        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
-        self._operations: Counter[tuple[int, int]] = Counter()
-        self.found: dict[str, Phase] = {}
-        self.live = 0
-        self._peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = _run_operation(func, args, kwargs)
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if not _is_view(func):
-            inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            moved = sum(leaf.nbytes for leaf in (*inputs, *outputs))
-            if inputs:  # an allocation moves nothing
-                self._operations[_flops(func, args, kwargs, result), moved] += 1
-        for output in outputs:
-            self._watch(output.untyped_storage())
-        return result
-
-    def _watch(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        self.live += size
-        self._peak = max(self._peak, self.live)
-        weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.live -= size
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Notes what happens inside; its peak counts from what is alive at the beginning."""
-        self._operations, before = Counter(), self.live
-        self._peak = before
-        yield
-        self.found[name] = Phase(Work(self._operations), self._peak - before, self.live - before)
-
-
-class _Clock:
-    """Notes how long every phase takes; the shortest of all rounds."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.found: dict[str, float] = {}
-        self._device = device
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self._wait()
-        began = time.perf_counter()
-        yield
-        self._wait()
-        self.found[name] = min(time.perf_counter() - began, self.found.get(name, math.inf))
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
-
-def _run_operation(func: Any, args: Any, kwargs: Any) -> Any:
-    """The operation itself; of experts' products torch knows the shapes in bfloat16 only, which are those of others."""
-    if func is GROUPED and (dtype := args[0].dtype) != torch.bfloat16:
-        return func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **kwargs).to(dtype)
-    return func(*args, **kwargs)
-
-
-def _is_view(func: Any) -> bool:
-    """Or a question about a tensor, such as its device: nothing that runs."""
-    if func.namespace == "prim":
-        return True
-    returns = func._schema.returns
-    return bool(returns) and all(one.alias_info is not None and not one.alias_info.is_write for one in returns)
-
-
-def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    count = flop_registry.get(func._overloadpacket)
-    if count is not None:
-        return int(count(*args, **kwargs, out_val=result))
-    if func is GROUPED:
-        return 2 * args[0].numel() * args[1].shape[-1]
-    name = func._overloadpacket.__name__
-    if name.startswith("_scaled_dot_product_flash_attention_for_cpu"):
-        # torch counts the GPU kernels only. Two products of L x L x D a head, five behind; half where it is causal.
-        backward = name.endswith("backward")
-        query, key = args[1 if backward else 0], args[2 if backward else 1]
-        causal = kwargs.get("is_causal", any(argument is True for argument in args))
-        products = 5 if backward else 2
-        return int(products * 2 * query.numel() * key.shape[-2] * (0.5 if causal else 1.0))
-    return 0
-
-
-def rehearse(
-    reference: ModelInput,
-    degraded: ModelInput,
-    adapter: Adapter,
-    train: Train,
-    dtype: Dtype,
-    lengths: tuple[int, ...],
-    teacher: SparseLogitsTeacher,
-    *,
-    checkpointing: bool,
-    in_pieces: bool,
-) -> Rehearsal:
-    """A micro-batch of samples of these lengths, as training would run it on one device.
-
-    degraded: only its config is read, as the reference's. teacher: how sparse targets would be. in_pieces: with the
-    linear function that ZeRO-3 puts in place of torch's, which keeps its inputs. Raises UserError as loading does for
-    an unknown architecture, and as training does for a placement that is not there.
+    in_pieces: with the linear function that ZeRO-3 puts in place of torch's, which keeps its inputs. Raises UserError
+    as loading does for an unknown architecture, and as training does for a placement that is not there.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     quiet_libraries()
-    theirs, own = _models(reference, degraded, adapter, train, dtype, checkpointing=checkpointing)
+    theirs, own = _models(case, checkpointing=checkpointing)
     with FakeTensorMode():
         for model in (theirs, own):
             _give_storages(model, _like)
-        student, batch = _with_kernels(theirs, own), _batch(lengths).each(_like)
+        student, batch = _with_kernels(theirs, own), _batch(case.lengths).each(_like)
         with _linear(of_zero3=in_pieces):
-            found = _noted(theirs, student, batch, train, teacher)
+            found = _noted(case, theirs, student, batch)
     return Rehearsal(
         tokens=len(batch.ids_T),
         loss_tokens=len(batch.loss_N),
@@ -260,24 +124,14 @@ def rehearse(
     )
 
 
-def pace(
-    reference: ModelInput,
-    degraded: ModelInput,
-    adapter: Adapter,
-    train: Train,
-    dtype: Dtype,
-    lengths: tuple[int, ...],
-    teacher: SparseLogitsTeacher,
-    device: torch.device,
-    seconds: Callable[[Work], float],
-) -> dict[str, float]:
+def pace(case: Case, device: torch.device, seconds: Callable[[Work], float]) -> dict[str, float]:
     """Seconds that every phase takes on a device, over what a roofline says of it (`seconds`).
 
     Measured on the models' first and last layers with random weights, and whole heads: what kernels lose on matrices of
     this size, and what an operation costs that is not a product, is much the same in every layer.
     """
     quiet_libraries()
-    theirs, own = _models(reference, degraded, adapter, train, dtype, checkpointing=False, short=True)
+    theirs, own = _models(case, checkpointing=False, short=True)
 
     def filled(tensor: Tensor) -> Tensor:
         found = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
@@ -285,30 +139,21 @@ def pace(
 
     for model in (theirs, own):
         _give_storages(model, filled)
-    student, batch = _with_kernels(theirs, own), _batch(lengths).to(device)
-    noted, clock = _noted(theirs, student, batch, train, teacher), _Clock(device)
+    student, batch = _with_kernels(theirs, own), _batch(case.lengths).to(device)
+    noted, clock = _noted(case, theirs, student, batch), Clock(device)
     for _ in range(PACE_ROUNDS):
-        _take(clock, theirs, student, batch, train, teacher)
+        _take(clock, case, theirs, student, batch)
     return {name: taken / seconds(noted[name].work) for name, taken in clock.found.items()}
 
 
-def _models(
-    reference: ModelInput,
-    degraded: ModelInput,
-    adapter: Adapter,
-    train: Train,
-    dtype: Dtype,
-    *,
-    checkpointing: bool,
-    short: bool = False,
-) -> tuple[Any, Any]:
+def _models(case: Case, *, checkpointing: bool, short: bool = False) -> tuple[Any, Any]:
     """(reference, what learns), without data. short: of the first and the last layer."""
     with torch.device("meta"):
-        theirs, own = (_bare(model, dtype) for model in (reference, degraded))
+        theirs, own = (_bare(model, case.dtype) for model in (case.reference, case.degraded))
         for model in (theirs, own) if short else ():
             decoder = model.get_decoder()
             decoder.layers = nn.ModuleList([decoder.layers[0], decoder.layers[-1]])
-        adapted = own.requires_grad_(True) if train.parameters == "all" else _with_adapter(own, adapter)
+        adapted = own.requires_grad_(True) if case.train.parameters == "all" else _with_adapter(own, case.adapter)
         if checkpointing:
             causal_lm(adapted).gradient_checkpointing_enable({"use_reentrant": False})
             adapted.train()
@@ -336,30 +181,21 @@ def _linear(*, of_zero3: bool) -> Iterator[None]:
         torch.nn.functional.linear = before
 
 
-def _noted(
-    reference: Any, student: Student, batch: Batch, train: Train, teacher: SparseLogitsTeacher
-) -> dict[str, Phase]:
-    with _Tape([*_tensors(reference), *_tensors(student), *_tensors(batch)]) as tape:
-        _take(tape, reference, student, batch, train, teacher)
+def _noted(case: Case, reference: Any, student: Student, batch: Batch) -> dict[str, Phase]:
+    with Tape([*_tensors(reference), *_tensors(student), *_tensors(batch)]) as tape:
+        _take(tape, case, reference, student, batch)
     return tape.found
 
 
-def _take(
-    recorder: _Tape | _Clock,
-    reference: Any,
-    student: Student,
-    batch: Batch,
-    train: Train,
-    teacher: SparseLogitsTeacher,
-) -> None:
+def _take(recorder: Tape | Clock, case: Case, reference: Any, student: Student, batch: Batch) -> None:
     """A micro-batch, phase by phase."""
-    width, count = student.width, len(batch.loss_N)
+    width, count, train = student.width, len(batch.loss_N), case.train
     with recorder.phase("teacher"), torch.no_grad():
         reference_NG = final_hidden(reference, batch)[batch.loss_N]
     dense = DenseTargets(reference_NG, head_of(reference, width))
     with recorder.phase("forward"):
         hidden_NH = final_hidden(student.adapted, batch)[batch.loss_N]
-    for kind, targets in (("dense", dense), ("sparse", _sparse(count, teacher, batch.ids_T.device))):
+    for kind, targets in (("dense", dense), ("sparse", _sparse(count, case.teacher, batch.ids_T.device))):
         if kind == "sparse" and (student.trainable_head or train.loss.kind != "forward_kl"):
             continue
         states_NH = hidden_NH.detach().requires_grad_(True)

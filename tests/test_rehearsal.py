@@ -12,16 +12,20 @@ from recovery.adapters import add_adapter
 from recovery.config import Adapter, ModelInput, SparseLogitsTeacher, Train
 from recovery.loss import distill
 from recovery.models import check_training_path, final_hidden, head_of, load_model
-from recovery.rehearsal import Rehearsal, Work, _batch, pace, rehearse
+from recovery.rehearsal import Case, Rehearsal, _batch, pace, rehearse
+from recovery.tape import Work
 from recovery.targets import DenseTargets
 
 LENGTHS = (24, 17, 9)
 
 
 def rehearsed(model: Path, adapter: Adapter, **changes: bool) -> Rehearsal:
+    return rehearse(case_of(model, adapter), **{"checkpointing": False, "in_pieces": False, **changes})
+
+
+def case_of(model: Path, adapter: Adapter, train: Train | None = None) -> Case:
     given = ModelInput(path=str(model), digest="")
-    options = {"checkpointing": False, "in_pieces": False, **changes}
-    return rehearse(given, given, adapter, Train(), "float32", LENGTHS, SparseLogitsTeacher(), **options)
+    return Case(given, given, adapter, train or Train(), "float32", LENGTHS, SparseLogitsTeacher())
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3"])
@@ -81,16 +85,15 @@ def test_checkpointing_keeps_less_and_computes_more(tiny: Path):
 
 
 def test_every_architecture_has_a_pace(models: dict[str, Path]):
-    cpu, adapter, train = torch.device("cpu"), Adapter(placement="kv", rank=2), Train()
+    adapter = Adapter(placement="kv", rank=2)
     for name, model in models.items():
-        given = ModelInput(path=str(model), digest="")
         asked: list[int] = []
 
         def roofline(work: Work, asked: list[int] = asked) -> float:
             asked.append(work.flops)
             return 1e-3
 
-        found = pace(given, given, adapter, train, "float32", LENGTHS, SparseLogitsTeacher(), cpu, roofline)
+        found = pace(case_of(model, adapter), torch.device("cpu"), roofline)
         expected = rehearsed(model, adapter)
         phases = {**expected.phases("dense", online=True), **expected.phases("sparse", online=True)}
         assert set(found) == {*phases, "measure"}, name
@@ -107,17 +110,7 @@ def test_rehearsing_takes_no_memory_and_moves_no_random_state(tiny: Path):
 
 
 def test_a_learning_head_and_all_parameters(tiny: Path):
-    given = ModelInput(path=str(tiny), digest="")
-    everything = rehearse(
-        given,
-        given,
-        Adapter(),
-        Train(parameters="all"),
-        "float32",
-        LENGTHS,
-        SparseLogitsTeacher(),
-        checkpointing=False,
-        in_pieces=False,
-    )
+    case = case_of(tiny, Adapter(), Train(parameters="all"))
+    everything = rehearse(case, checkpointing=False, in_pieces=False)
     assert set(everything.loss) == {"dense"}
     assert everything.trainable == everything.student.elements
