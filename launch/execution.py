@@ -15,7 +15,7 @@ from pathlib import Path
 from datagen.config import GenerateJob, Partition
 from launch.cluster import Cluster, LocalServers
 from launch.distributed import SSH_OPTIONS
-from launch.pipeline import is_finished, link, missing_inputs, run_stage_process
+from launch.pipeline import is_finished, link, missing_inputs, run_stage_process, unlink_former
 from launch.recipe import Recipe
 from launch.resolve import Names, Stage, build_stages, check_models, partition_stage, resolve_names
 from launch.servers import ServerPool, Serving
@@ -96,6 +96,7 @@ class Plan:
 
         set_up_logging("run", self.run_folder / "logs" / "run.log")
         write_origin(self.recipe, self.cluster, self.run_folder)
+        unlink_former(self.stages, self.run_folder)
         with tracked(self.recipe, self.runs_dir, parent, self.stages, self.cluster) as run:
             stages = [stage.tracked_by(run.tracking) for stage in self.wanted]
             run.code = self._run_stages(stages, memory, max_restarts, in_turn)

@@ -8,7 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launch.cluster import Cluster
@@ -115,10 +115,8 @@ def is_finished(stage: Stage, memory: HashMemory) -> bool:
 
 def link(stage: Stage, run_folder: Path) -> None:
     """Relative links from the run's folder to the stage's artifact."""
-    for name in stage.links:
-        path = run_folder / name
+    for path, target in _links(stage, run_folder):
         path.parent.mkdir(parents=True, exist_ok=True)
-        target = os.path.relpath(stage.job.runtime.output, path.parent)
         if path.is_symlink() and str(path.readlink()) == target:
             continue
         if path.exists() and not path.is_symlink():
@@ -127,6 +125,22 @@ def link(stage: Stage, run_folder: Path) -> None:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(target)
         temporary.replace(path)
+
+
+def unlink_former(stages: list[Stage], run_folder: Path) -> None:
+    """Remove links to what these stages made when the recipe of this name said something else: until it is made anew,
+    a folder without a report is better than one with another recipe's. The artifacts stay."""
+    for stage in stages:
+        for path, target in _links(stage, run_folder):
+            if path.is_symlink() and str(path.readlink()) != target:
+                path.unlink()
+
+
+def _links(stage: Stage, run_folder: Path) -> Iterator[tuple[Path, str]]:
+    """Paths of the links, and what they are to point at."""
+    for name in stage.links:
+        path = run_folder / name
+        yield path, os.path.relpath(stage.job.runtime.output, path.parent)
 
 
 def dry_run(stages: list[Stage], run_folder: Path, cluster: Cluster) -> str:

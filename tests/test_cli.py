@@ -166,6 +166,20 @@ def test_a_stage_alone_names_what_it_needs(
     assert "train: needs degrade, generate, contexts, not finished" in capsys.readouterr().err
 
 
+def test_a_changed_recipe_leaves_no_link_to_what_the_former_one_made(
+    tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe, runs = write_recipe(tmp_path, recipe_for(tiny, data)), tmp_path / "runs"
+    assert invoke(monkeypatch, "degrade", str(recipe), "--runs-dir", str(runs)) == 0
+    made = (runs / "tiny" / "degraded").resolve()
+    assert made.is_dir()
+    changes = ["--set", "degrade.relative_std=0.25", "--set", "generate.samples=4"]
+    assert invoke(monkeypatch, "generate", str(recipe), "--runs-dir", str(runs), *changes) == 0
+    assert (runs / "tiny" / "corpus").is_dir()
+    assert not (runs / "tiny" / "degraded").is_symlink()
+    assert made.is_dir()
+
+
 def test_damaged_and_empty_corpora_are_refused_by_name(
     tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
