@@ -6,18 +6,8 @@ import math
 from pathlib import Path
 
 from launch.cluster import Cluster
-from launch.planner import (
-    Layout,
-    Prediction,
-    Task,
-    cheapest,
-    fits,
-    generation_rate,
-    predictions,
-    rehearsal_of,
-    step,
-    task_of,
-)
+from launch.plan_task import Task, task_of
+from launch.planner import Layout, Prediction, cheapest, fits, generation_rate, predictions, rehearsal_of, step
 from launch.recipe import Recipe
 from recovery.errors import UserError
 

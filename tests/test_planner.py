@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from launch.cluster import Cluster, Hardware, load_cluster
+from launch.plan_task import Task, task_of
 from launch.plan_text import plan_text, scaling_text
-from launch.planner import Layout, Task, fits, memory, predictions, rehearsal_of, step, task_of
+from launch.planner import Layout, fits, memory, predictions, rehearsal_of, step
 from launch.recipe import Recipe
 from recovery.artifacts import REPOSITORY
 from recovery.errors import UserError

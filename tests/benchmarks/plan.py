@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from launch.cluster import Cluster
-from launch.planner import Layout, Task, memory, rehearsal_of, step, task_of
+from launch.plan_task import Task, task_of
+from launch.planner import Layout, memory, rehearsal_of, step
 from recovery.artifacts import REPOSITORY
 from recovery.sources import load_tokenizer
 from tests.benchmarks.rank import take_steps, training_job

@@ -9,8 +9,9 @@ import sys
 from dataclasses import replace
 
 from launch.cluster import load_cluster
+from launch.plan_task import Task, task_of
 from launch.plan_text import duration, in_bytes
-from launch.planner import Task, cheapest, predictions, task_of
+from launch.planner import cheapest, predictions
 from launch.recipe import load_recipe
 from recovery.artifacts import REPOSITORY
 

@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 
 from launch.cluster import Cluster
-from launch.planner import Layout, rehearsal_of, task_of
+from launch.plan_task import task_of
+from launch.planner import Layout, rehearsal_of
 from launch.recipe import Recipe
 from recovery.artifacts import REPOSITORY
 from recovery.batches import Step, collate, idle_share, plan_epoch
