@@ -219,11 +219,7 @@ def _budget_lines(law: Law, members: Sequence[Mapping[str, Any]]) -> list[str]:
         for name, at in places:
             budget = law.tokens_for(target, at)
             if budget is None:
-                return [
-                    *lines[:-2],
-                    "More tokens do not measurably help here: no number of them is given for a target.",
-                    "",
-                ]
+                return [*lines[:-2], "More tokens do not measurably help: no number of them is given for a target.", ""]
             ends = f"{rounded(budget.low)} to {rounded(budget.high)}"
             found = law.beyond({**at, "tokens": budget.tokens or MOST})
             far = ", ".join(_how_far(QUANTITIES[quantity], times) for quantity, times in found.items())
