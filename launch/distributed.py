@@ -54,9 +54,13 @@ def base_environment(cluster: Cluster) -> dict[str, str]:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     if cluster.interface is not None:
         environment |= {"NCCL_SOCKET_IFNAME": cluster.interface, "GLOO_SOCKET_IFNAME": cluster.interface}
-    # The rooms are imported from this checkout wherever the command was started.
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    environment["PYTHONPATH"] = python_path()
     return environment
+
+
+def python_path() -> str:
+    """PYTHONPATH of what is started: the rooms are imported from this checkout, wherever the command itself began."""
+    return os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
 
 
 def start_of(stage: Stage, job_file: Path, cluster: Cluster) -> Start:

@@ -24,7 +24,7 @@ from types import TracebackType
 
 from datagen.config import GenerateJob
 from launch.cluster import Cluster, LocalServers, uses_gpu
-from launch.distributed import SSH_OPTIONS, passed_on
+from launch.distributed import SSH_OPTIONS, passed_on, python_path
 from recovery.artifacts import REPOSITORY
 from recovery.config import Dtype, ModelInput
 from recovery.errors import Unavailable, UserError
@@ -184,9 +184,7 @@ class ServerPool:
         if (key := settings.key()) is not None:
             # In the environment: a command line can be read by every user of the machine.
             own["VLLM_API_KEY"] = key
-        # The logits processor is imported from this checkout. Where it is set, every start would compile vLLM anew.
-        paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
-        own["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        own["PYTHONPATH"] = python_path()  # of the logits processor
         return {**own, **self._cluster.environment, **settings.environment}
 
     def cores(self, number: int) -> list[int]:
@@ -246,6 +244,7 @@ class ServerPool:
         port = self.own_port(server)
         command, environment = [*self.command(), "--port", str(port)], self.environment(server.number)
         guard = [sys.executable, "-m", "launch.guard", str(os.getpid())]
+        # Where it is set, every start would compile vLLM anew.
         inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         words = b""
         if server.host is not None:

@@ -20,13 +20,13 @@ from typing import IO
 from tqdm import tqdm
 
 from launch.cluster import Cluster
+from launch.distributed import python_path
 from launch.execution import Plan, write_origin
 from launch.halving import Races
 from launch.outcomes import Outcome, alone, at_work, change_outcomes, is_at_work, is_done, read_outcomes, reasons
 from launch.point import note_of
 from launch.share import Share, shares_of
 from launch.study import Point, Study, is_whole, plans_of, states, status_table
-from recovery.artifacts import REPOSITORY
 from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER
 from recovery.files import HashMemory
 
@@ -157,8 +157,7 @@ class _Start:
         command += [str(recipe), "--cluster", str(cluster), "--runs-dir", str(self._runs_dir)]
         command += ["--parent", self._parent] if self._parent is not None else []
         command += ["--cores", ",".join(map(str, share.cores))] if share.cores is not None else []
-        path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, **share.environment, "PYTHONPATH": path}
+        environment = {**os.environ, **share.environment, "PYTHONPATH": python_path()}
         with self._terminal(plan) as terminal:
             # A session of its own: Ctrl-C reaches it once, through us.
             process = subprocess.Popen(
