@@ -8,7 +8,7 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 
 class AssetError(Exception):
@@ -34,7 +34,7 @@ def unpack(archive: Path, members: Mapping[str, str], into: Path) -> None:
 def _unpack_zip(archive: Path, members: Mapping[str, str], into: Path) -> None:
     with zipfile.ZipFile(archive) as bundle:
         files = {info.filename: info for info in bundle.infolist() if not info.is_dir()}
-        for name, path in _targets(archive, list(files), members).items():
+        for name, path in _targets(archive, list(files), members, into).items():
             if stat.S_ISLNK(files[name].external_attr >> 16):
                 raise _leads_out(archive, name)
             target = into / path
@@ -46,29 +46,29 @@ def _unpack_zip(archive: Path, members: Mapping[str, str], into: Path) -> None:
 def _unpack_tar(archive: Path, members: Mapping[str, str], into: Path) -> None:
     with tarfile.open(archive) as bundle:
         files = {info.name: info for info in bundle if not info.isdir()}
-        for name, path in _targets(archive, list(files), members).items():
+        for name, path in _targets(archive, list(files), members, into).items():
             if not files[name].isfile():
                 raise _leads_out(archive, name)
             bundle.extract(files[name].replace(name=path), into, filter="data")
 
 
-def _targets(archive: Path, names: Sequence[str], members: Mapping[str, str]) -> dict[str, str]:
-    """Where each chosen file of an archive goes, in the folder that it is unpacked to.
+def _targets(archive: Path, names: Sequence[str], members: Mapping[str, str], into: Path) -> dict[str, str]:
+    """Where each chosen file of an archive goes, by its name there; paths are relative to `into`.
 
-    Raises AssetError for a name in `members` that matches none, and for a file that would lie outside of the folder.
+    Raises AssetError for a name in `members` that matches none, and for a file that would lie outside `into`.
     """
-    found = {
-        name: path + name.removeprefix(member)
-        for name in names
-        for member, path in members.items()
-        if _covers(member, name)
-    }
-    if unmatched := sorted(member for member in members if not any(_covers(member, name) for name in found)):
-        there = ", ".join(sorted({name.rpartition("/")[0] for name in names})[:10])
-        raise AssetError(f"{archive.name} lacks {', '.join(unmatched)}; it has: {there}, ...")
-    for name, path in found.items():
-        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+    root, found, unmatched = into.resolve(), dict[str, str](), set(members)
+    for name in names:
+        member = next((member for member in members if _covers(member, name)), None)
+        if member is None:
+            continue
+        unmatched.discard(member)
+        found[name] = members[member] + name.removeprefix(member)
+        if not (root / found[name]).resolve().is_relative_to(root):
             raise _leads_out(archive, name)
+    if unmatched:
+        there = ", ".join(sorted({name.rpartition("/")[0] for name in names})[:10])
+        raise AssetError(f"{archive.name} lacks {', '.join(sorted(unmatched))}; it has: {there}, ...")
     return found
 
 

@@ -21,7 +21,7 @@ from launch.unpack import AssetError, join_parts, unpack
 MakeWheel = Callable[..., tuple[Path, Wheel]]
 
 
-def pack(path: Path, members: Mapping[str, bytes]) -> Path:
+def pack(path: Path, members: Mapping[str, bytes]) -> None:
     """Write a zip file or, for a name that ends so, a compressed tar file."""
     if path.suffix == ".gz":
         with tarfile.open(path, "w:gz") as bundle:
@@ -33,7 +33,6 @@ def pack(path: Path, members: Mapping[str, bytes]) -> Path:
         with zipfile.ZipFile(path, "w") as bundle:
             for name, content in members.items():
                 bundle.writestr(name, content)
-    return path
 
 
 @pytest.fixture(params=["data.whl", "data.tar.gz"])
