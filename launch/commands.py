@@ -16,9 +16,10 @@ from launch.distributed import SLURM_JOB
 from launch.execution import Plan
 from launch.pipeline import dry_run, missing_inputs, run_stage_process
 from launch.recipe import Recipe, load_recipe
-from launch.resolve import Stage, build_stages, check_models, generate_job, resolve_names
+from launch.resolve import check_models, resolve_names
 from launch.servers import ServerPool, Serving
 from launch.slurm import batch_script, script_file, submit
+from launch.stages import Stage, build_stages, generate_job
 from recovery.errors import EXIT_DONE, EXIT_FAILED, UserError
 from recovery.files import HashMemory
 

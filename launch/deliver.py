@@ -14,9 +14,9 @@ from launch.cluster import Cluster, LocalServers
 from launch.execution import Plan
 from launch.pipeline import is_finished, link, missing_inputs, run_stage_process
 from launch.recipe import Recipe
-from launch.resolve import Builder, Stage, artifact_of
 from launch.servers import ServerPool, Serving
 from launch.share import PORTS
+from launch.stages import Builder, Stage, artifact_of
 from launch.tracking import register
 from recovery.errors import EXIT_DONE, Unavailable, UserError, first_line
 from recovery.files import HashMemory, sha256_of

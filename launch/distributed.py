@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.cluster import Cluster
-from launch.resolve import Stage
+from launch.stages import Stage
 from recovery.artifacts import REPOSITORY
 from recovery.environment import SECRETS_VARIABLE
 from recovery.heartbeat import LIMIT_VARIABLE

@@ -17,8 +17,9 @@ from launch.cluster import Cluster, LocalServers
 from launch.distributed import SSH_OPTIONS
 from launch.pipeline import is_finished, link, missing_inputs, run_stage_process, unlink_former
 from launch.recipe import Recipe
-from launch.resolve import Names, Stage, build_stages, check_models, partition_stage, resolve_names
+from launch.resolve import Names, check_models, resolve_names
 from launch.servers import ServerPool, Serving
+from launch.stages import Stage, build_stages, partition_stage
 from recovery.artifacts import CLUSTER, RECIPE, turn
 from recovery.config import Job
 from recovery.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, Unavailable, UserError

@@ -11,7 +11,8 @@ from eval.config import ReportJob
 from eval.evidence import gather
 from launch.cluster import Cluster
 from launch.recipe import Recipe
-from launch.resolve import build_stages, check_models, resolve_names
+from launch.resolve import check_models, resolve_names
+from launch.stages import build_stages
 from recovery.errors import UserError
 from recovery.files import HashMemory, read_json, write_json
 from recovery.limits import Limits, limits_of

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from launch.cluster import Cluster
 from launch.distributed import SECRET, environment_of, start_of
-from launch.resolve import Stage
+from launch.stages import Stage
 from recovery.artifacts import REPOSITORY
 from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, UserError
 from recovery.files import HashMemory, write_atomic

@@ -11,7 +11,7 @@ from typing import Any
 
 from launch.cluster import Cluster
 from launch.recipe import Recipe
-from launch.resolve import Stage
+from launch.stages import Stage
 from recovery.artifacts import MANIFEST, read_manifest
 from recovery.config import ModelInput
 from recovery.errors import without_credentials

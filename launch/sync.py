@@ -10,7 +10,7 @@ from typing import Any
 
 from launch.cluster import Cluster
 from launch.recipe import Recipe
-from launch.resolve import Stage
+from launch.stages import Stage
 from launch.store import describe, key_of, known_run, new_run, note_of, send_params, send_results, store_uri
 from recovery.artifacts import folder_of, is_being_built
 from recovery.errors import Unavailable

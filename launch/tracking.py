@@ -14,7 +14,7 @@ from typing import Any
 from eval.table import verdict
 from launch.cluster import Cluster
 from launch.recipe import Recipe
-from launch.resolve import Stage
+from launch.stages import Stage
 from launch.store import (
     describe,
     experiment_of,

@@ -8,7 +8,8 @@ from typing import Any
 
 from launch.cluster import Cluster
 from launch.recipe import Recipe
-from launch.resolve import Stage, build_stages, check_models, resolve_names
+from launch.resolve import check_models, resolve_names
+from launch.stages import Stage, build_stages
 from recovery.files import HashMemory
 from recovery.stage import build
 

@@ -24,7 +24,7 @@ from eval.served import compare_served
 from launch.deliver import Forms, deliver_stage, push
 from launch.execution import Plan
 from launch.recipe import Recipe
-from launch.resolve import Stage
+from launch.stages import Stage
 from launch.store import store_uri
 from launch.tracking import register
 from recovery.adapters import CONFIG, WEIGHTS, write_uniform

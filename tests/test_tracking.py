@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.resolve import Stage
+from launch.stages import Stage
 from launch.sync import Sent, sync
 from launch.tracking import start_run, start_study, tracked
 from recovery.artifacts import partial_of, read_manifest

@@ -19,7 +19,8 @@ import torch
 
 from launch.cluster import Cluster
 from launch.recipe import Recipe, load_recipe
-from launch.resolve import build_stages, resolve_names
+from launch.resolve import resolve_names
+from launch.stages import build_stages
 from recovery import heartbeat
 from recovery.artifacts import REPOSITORY
 from recovery.communication import Communication

@@ -15,7 +15,8 @@ import pytest
 
 from launch.cluster import Cluster
 from launch.pipeline import run_stage_process
-from launch.resolve import Stage, build_stages, resolve_names
+from launch.resolve import resolve_names
+from launch.stages import Stage, build_stages
 from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER
 from recovery.files import HashMemory
 from tests.corrupted import BAD_STEP
