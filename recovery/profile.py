@@ -24,7 +24,8 @@ from recovery.errors import EXIT_DONE
 from recovery.files import write_atomic
 from recovery.stage import check_inputs, exit_code_of, set_up_logging
 from recovery.tracking import Tracker
-from recovery.train import look, set_up, train_step
+from recovery.train import look, train_step
+from recovery.training_run import set_up
 
 PHASES = ("data", "teacher", "student", "loss", "backward", "optimizer")
 """As train_step, Student and Engine name them; backward holds no forward, loss has its three products."""

@@ -12,7 +12,7 @@ from recovery.adapters import adapter_parameters
 from recovery.config import TrainJob
 from recovery.feed import Prepared
 from recovery.stage import run_stage
-from recovery.train import Run
+from recovery.training_run import Run
 
 BAD_STEP = 11
 _sound = recovery.train.train_step

@@ -17,6 +17,7 @@ import torch
 import recovery.cache
 import recovery.teacher_cache
 import recovery.train
+import recovery.training_run
 from recovery.config import HiddenStatesTeacher
 from recovery.corpus import Sample, Tokens, read_split, write_shard
 from recovery.errors import DamagedArtifact
@@ -64,9 +65,9 @@ def test_training_from_stored_states_equals_training_beside_the_reference(
     online = train_with(prepared, tmp_path / "a", {"kind": "online"})
     make_cache(prepared, tmp_path / "b", HIDDEN_STATES)
     loaded = []
-    real = recovery.train.load_model
+    real = recovery.training_run.load_model
     monkeypatch.setattr(
-        recovery.train, "load_model", lambda given, dtype: (loaded.append(given), real(given, dtype))[1]
+        recovery.training_run, "load_model", lambda given, dtype: (loaded.append(given), real(given, dtype))[1]
     )
     cached = train_with(prepared, tmp_path / "b", HIDDEN_STATES)
     assert len(loaded) == 1  # the reference is not loaded

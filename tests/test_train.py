@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import recovery.train
+import recovery.training_run
 from recovery.adapters import load_adapter
 from recovery.checkpoint import load_checkpoint, save_checkpoint
 from recovery.config import ModelInput, Train
@@ -25,7 +26,8 @@ from recovery.errors import Unavailable, UserError
 from recovery.measure import measure
 from recovery.models import load_model
 from recovery.stage import build
-from recovery.train import checkpoint_steps, learning_rates
+from recovery.train import checkpoint_steps
+from recovery.training_run import Run, learning_rates
 from recovery.vocabulary import load_vocabulary, used_width
 from recovery.watch import advice
 from tests.conftest import REPOSITORY
@@ -74,7 +76,7 @@ def train_with(
     job = job.model_copy(update={"dtype": dtype})
     real = recovery.train.train_step
 
-    def step(run: recovery.train.Run, number: int, feed: Iterator[Any]) -> None:
+    def step(run: Run, number: int, feed: Iterator[Any]) -> None:
         if number == stop_after:
             raise Killed
         if number == sigterm_at:
@@ -235,7 +237,8 @@ def test_the_best_measurement_is_delivered_and_training_stops_when_nothing_gets_
     prepared: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Ten good steps, then a learning rate at which everything is lost."""
-    monkeypatch.setattr(recovery.train, "learning_rates", lambda steps, _: [1e-2] * 10 + [1.0] * (len(steps) - 10))
+    rates = "learning_rates"
+    monkeypatch.setattr(recovery.training_run, rates, lambda steps, _: [1e-2] * 10 + [1.0] * (len(steps) - 10))
     settings: dict[str, Any] = {"epochs": 6, "evaluate_every": 2, "checkpoint_every": 3, "patience": 3}
     folder = train_with(prepared, tmp_path / "runs", None, **settings)
     lines = [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]

@@ -28,7 +28,8 @@ from recovery.config import TrainJob
 from recovery.engine import start_distributed
 from recovery.files import HashMemory, write_atomic
 from recovery.tracking import Tracker
-from recovery.train import look, measure_held_out, set_up, train_step
+from recovery.train import look, measure_held_out, train_step
+from recovery.training_run import set_up
 
 
 def training_job(recipe_file: Path, settings: Sequence[str], folder: Path) -> tuple[Recipe, TrainJob]:

@@ -38,7 +38,8 @@ from recovery.loss import distill
 from recovery.models import final_hidden
 from recovery.targets import DenseTargets, SparseTargets
 from recovery.tracking import Tracker
-from recovery.train import Run, look, set_up, train_step
+from recovery.train import look, train_step
+from recovery.training_run import Run, set_up
 from tests.benchmarks.rank import training_job
 from tests.benchmarks.summary import append_row
 
