@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 CLOSINGS = {
     "nothing": "The weights are the same: a difference must come from the code, the tokenizer or the configuration.",
     "export": "Export the model again.",
+    "replace": "Information was lost, in tensors that get no adapter: replace them.",
     "adapters": "Information was lost: recover it with adapters.",
 }
 SAMPLE_LENGTH = 128
@@ -53,7 +54,7 @@ def diagnose(reference: Path, degraded: Path, folder: Path | None, text_tokens: 
     if folder is not None:  # before the models are run: what was found is not lost if they cannot be
         write_down(folder, findings, count, advice, None, text)
     # Structural damage is to be undone, not weighed; and what it left may not even load.
-    if not text_tokens or advice.action != "adapters":
+    if not text_tokens or advice.action in ("nothing", "export"):
         return text
     try:
         costs, _ = weigh_on_text(reference, degraded, text_tokens)
@@ -117,11 +118,11 @@ def render(findings: list[Finding], tensors: int, advice: Advice, costs: Costs |
     lines += [f"  - {reason}" for reason in advice.reasons]
     if advice.modules:
         lines.append(f"  adapter.placement: {json.dumps(list(advice.modules))}")
-        # The head lies outside the layers, which a closed form repairs.
-        lines.append(f"  adapter.init: {'zero' if 'lm_head' in advice.modules else 'closed_form_sequential'}")
+        lines.append("  adapter.init: closed_form_sequential")
     if costs is not None and costs.forecasts:
         chosen = next((one for one in costs.forecasts if one.recovery >= ENOUGH), costs.forecasts[-1])
         lines.append(f"  adapter.rank: {chosen.rank}")
+        lines.append(f"  or adapter.placement: auto with adapter.budget: {chosen.parameters}, spread where they count")
     return "\n".join(lines)
 
 

@@ -1,7 +1,8 @@
-"""What to do about the damage that a diagnosis found: export again, or adapters, and where."""
+"""What to do about the damage that a diagnosis found: export again, replace tensors, or adapters, and where."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +13,17 @@ from recovery.diagnosis import Finding, Structural
 
 @dataclass(frozen=True)
 class Advice:
-    action: Literal["nothing", "export", "adapters"]
+    action: Literal["nothing", "export", "replace", "adapters"]
     reasons: tuple[str, ...]
     modules: tuple[str, ...] = ()
     """Last parts of the names of the damaged matrices, for adapter.placement."""
+    replaced: tuple[str, ...] = ()
+    """Tensors that no closed form adapts, to be written as the reference has them."""
 
 
 def advise(findings: Sequence[Finding]) -> Advice:
-    """Export again where the damage is structural; adapters on the damaged modules where information was lost."""
+    """Export again where the damage is structural; where information was lost, adapters on the damaged matrices of the
+    layers, and the reference's own tensors for all others."""
     if not findings:
         return Advice("nothing", ("all tensors are the reference's",))
     structural = [finding for finding in findings if finding.kind in get_args(Structural)]
@@ -29,10 +33,22 @@ def advise(findings: Sequence[Finding]) -> Advice:
     lost = [finding for finding in findings if finding.kind != "rounded"]
     if not lost:
         return Advice("nothing", ("the weights were rounded to another dtype on the way, which models bear",))
-    matrices = [finding.tensor for finding in lost if len(finding.shape) in (2, 3) and "embed" not in finding.tensor]
-    modules = tuple(dict.fromkeys(adapted_as(tensor) for tensor in matrices))
-    rest = "embeddings, norms and biases get no adapter: write the reference's in their place"
-    return Advice("adapters", (rest,) if len(matrices) < len(lost) else (), modules)
+    modules = tuple(dict.fromkeys(adapted_as(finding.tensor) for finding in lost if _takes_adapter(finding)))
+    others = [finding for finding in lost if not _takes_adapter(finding)]
+    reasons = (_replacement(others),) if others else ()
+    return Advice("adapters" if modules else "replace", reasons, modules, tuple(one.tensor for one in others))
+
+
+def _takes_adapter(finding: Finding) -> bool:
+    """Whether it is a matrix of the layers, which the closed forms repair; embeddings and the head lie outside."""
+    outside = "embed" in finding.tensor or module_of(finding.tensor) == "lm_head"
+    return len(finding.shape) in (2, 3) and not outside
+
+
+def _replacement(findings: Sequence[Finding]) -> str:
+    megabytes = sum(2 * math.prod(finding.shape) for finding in findings) / 1e6
+    named = ", ".join(dict.fromkeys(module_of(finding.tensor) for finding in findings))
+    return f"{named} get no adapter: write the reference's in their place ({megabytes:.3g} MB in 16 bits)"
 
 
 def summarize(findings: Sequence[Finding]) -> list[tuple[str, str]]:

@@ -146,7 +146,29 @@ def test_advice_names_only_what_can_be_adapted():
     names = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight")
     advice = advise([finding(name, 8, 8) for name in names] + [finding("model.norm.weight", 8)])
     assert (advice.action, advice.modules) == ("adapters", ("up_proj",))
-    assert "no adapter" in advice.reasons[-1]
+    assert "embed_tokens, norm get no adapter" in advice.reasons[-1]
+    assert "0.000144 MB" in advice.reasons[-1]  # (64 + 8) values of 2 bytes
+    # A closed form repairs the layers alone: a damaged head must not cost the others their repair.
+    advice = advise([finding(name, 8, 8) for name in ("lm_head.weight", names[1])])
+    assert (advice.action, advice.modules, advice.replaced) == ("adapters", ("up_proj",), ("lm_head.weight",))
+
+
+def test_damage_outside_of_the_layers_matrices_is_replaced(tiny: Path, tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    degraded = tmp_path / "degraded"
+    shutil.copytree(tiny, degraded)
+    weights = load_file(tiny / "model.safetensors")
+    norm = weights["model.norm.weight"]
+    weights["model.norm.weight"] = norm + 0.3 * torch.randn(norm.shape, generator=torch.Generator().manual_seed(4))
+    save_file(weights, degraded / "model.safetensors", metadata={"format": "pt"})
+    result = CliRunner().invoke(app, ["diagnose", str(tiny), str(degraded), "--output", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert "replace them" in result.output
+    assert "adapter." not in result.output
+    content = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
+    assert content["advice"]["replaced"] == ["model.norm.weight"]
+    assert content["costs"]["floor"] == content["costs"]["degraded"]["kl"] > 0
 
 
 def test_the_command_says_what_where_and_what_to_do(tiny: Path, tmp_path: Path):
