@@ -8,8 +8,9 @@ that lost information (rounding, pruning, noise, flipped bits) by what it leaves
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -33,6 +34,8 @@ Structural = Literal[
 Kind = Structural | Literal["rounded", "pruned", "quantized", "bit_flips", "noise", "low_rank", "changed"]
 EXACT = 1e-5
 """Relative L2 of what is the same but for the order of a sum."""
+ROUNDED = 0.06
+"""Relative L2 up to which 8-bit floats round (e5m2: 0.053)."""
 SAME = 0.02
 """Relative L2 below which a tensor counts as another one, but for rounding to a narrower dtype."""
 WHOLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -77,7 +80,8 @@ def examine(theirs: Checkpoint, own: Checkpoint) -> Iterator[tuple[str, Finding 
             continue  # a head that was tied and is now written out
         tied = next((theirs[other] for other in embeddings if theirs.shape_of(other) == tuple(tensor.shape)), None)
         if tied is not None:
-            yield name, compare_tensors(name, tied, tensor)
+            finding = compare_tensors(name, tied, tensor)
+            yield name, finding and replace(finding, detail=f"untied from the embedding: {finding.detail}")
         else:
             yield name, Finding(name, tuple(tensor.shape), 1.0, "changed", "not in the reference")
 
@@ -112,13 +116,13 @@ def compare_tensors(name: str, right: Tensor, wrong: Tensor, known: Known | None
     whole = wrong.dtype in WHOLE and bool(torch.isfinite(wrong).all())
     if whole and right.shape == wrong.shape and torch.equal(right.to(wrong.dtype), wrong):
         return None
-    kind, detail = _classify(right, wrong, known)
+    kind, detail = _classify(name, right, wrong, known)
     different_shape = right.shape != wrong.shape
     relative = 1.0 if different_shape else _relative(right.float(), wrong.float())
     return Finding(name, tuple(right.shape), relative, kind, detail)
 
 
-def _classify(right: Tensor, wrong: Tensor, known: Known | None) -> tuple[Kind, str]:
+def _classify(name: str, right: Tensor, wrong: Tensor, known: Known | None) -> tuple[Kind, str]:
     bits = wrong
     # Rounded alike, so that what was only moved is found to the bit.
     right, wrong = (right.to(wrong.dtype) if wrong.dtype in WHOLE else right).float(), wrong.float()
@@ -132,7 +136,7 @@ def _classify(right: Tensor, wrong: Tensor, known: Known | None) -> tuple[Kind, 
             if torch.equal(right.to(dtype).float(), wrong):
                 return "rounded", f"the reference's, rounded through {str(dtype).removeprefix('torch.')}"
     if not alike and known is not None and (other := known.holder_of(bits)) is not None:
-        return "other_tensor", f"holds the reference's {other}"
+        return "other_tensor", f"holds the reference's {other}{_mixed_up(name, other)}"
     for find in (_transposed, _permuted, _shifted, _scaled):
         if (found := find(right, wrong)) is not None:
             return found
@@ -154,6 +158,16 @@ def _digest(tensor: Tensor) -> str:
 
 
 # ---- structural damage: undo it, and find the reference --------------------------------------------------
+
+
+def _mixed_up(name: str, other: str) -> str:
+    """The known bug that leaves one tensor's content under another's name, in words."""
+    if name.replace("gate_proj", "up_proj") == other or other.replace("gate_proj", "up_proj") == name:
+        return " (gate and up are swapped)"
+    layers = [re.search(r"\.layers\.(\d+)\.", tensor) for tensor in (name, other)]
+    if all(layers) and re.sub(r"\.layers\.\d+\.", "", name) == re.sub(r"\.layers\.\d+\.", "", other):
+        return f" (a stale copy: layer {layers[1].group(1)}'s was written again)" if layers[1] else ""
+    return ""
 
 
 def _transposed(right: Tensor, wrong: Tensor) -> tuple[Kind, str] | None:
@@ -196,13 +210,11 @@ def _permuted(right: Tensor, wrong: Tensor) -> tuple[Kind, str] | None:
 def _rotary_heads(source: Tensor) -> int | None:
     """Number of heads whose rows went from halves to pairs, or back."""
     rows = len(source)
-    width = 4
-    while width <= rows:
+    for width in range(4, rows + 1, 2):
         if rows % width == 0:
             pairs = torch.arange(rows).view(rows // width, 2, width // 2).transpose(1, 2).reshape(-1)
             if torch.equal(source, pairs) or torch.equal(source, pairs.argsort()):
                 return rows // width
-        width *= 2
     return None
 
 
@@ -217,10 +229,15 @@ def _shifted(right: Tensor, wrong: Tensor) -> tuple[Kind, str] | None:
 
 
 def _scaled(right: Tensor, wrong: Tensor) -> tuple[Kind, str] | None:
-    factor = float((right * wrong).sum() / right.square().sum().clamp(min=1e-30))
+    factor = _factor(right, wrong)
     if factor and abs(factor - 1) > 0.01 and _relative(right * factor, wrong) < SAME:
         return "scaled", f"{factor:.4g} times the reference's"
     return None
+
+
+def _factor(right: Tensor, wrong: Tensor) -> float:
+    """The multiple of the reference's that comes nearest."""
+    return float((right * wrong).sum() / right.square().sum().clamp(min=1e-30))
 
 
 # ---- lost information: what it leaves behind -------------------------------------------------------------
@@ -274,7 +291,11 @@ def _quantized(right: Tensor, wrong: Tensor, _: Tensor) -> tuple[Kind, str] | No
     if best is None:
         return None
     group, levels = best
-    return "quantized", f"at most {levels} values in a group of {group} ({max(levels - 1, 1).bit_length()} bits)"
+    found = f"at most {levels} values in a group of {group} ({max(levels - 1, 1).bit_length()} bits)"
+    factor = _factor(right, wrong)
+    if abs(factor - 1) > SAME and _relative(right * factor, wrong) < ROUNDED:
+        return "scaled", f"{factor:.4g} times the reference's, and rounded: {found}"
+    return "quantized", found
 
 
 def _distinct(rows: Tensor, group: int) -> int:

@@ -51,11 +51,18 @@ CASES: Mapping[str, tuple[torch.Tensor, torch.Tensor, str, str]] = {
     "transposed": (SQUARE, SQUARE.T.contiguous(), "transposed", "transpose"),
     "transposed, not square": (WEIGHT, WEIGHT.T.contiguous(), "transposed", "transpose"),
     "rotary": (WEIGHT, interleaved(WEIGHT, 3), "rotary_permuted", "3 heads"),
+    "rotary, heads of 96": (WEIGHT, interleaved(WEIGHT, 2), "rotary_permuted", "2 heads"),
     "rotary in bf16": (WEIGHT, interleaved(WEIGHT, 3).bfloat16(), "rotary_permuted", "3 heads"),
     "off by a row": (WEIGHT, WEIGHT.roll(1, 0), "permuted", "moved by 1"),
     "rows in another order": (WEIGHT, WEIGHT.flip(0), "permuted", "another order (192 moved)"),
     "norm of another convention": (NORM, NORM - 1, "shifted", "multiplies by 1 + weight"),
     "scale": (WEIGHT, WEIGHT * 0.125, "scaled", "0.125 times"),
+    "fp8 whose scale was forgotten": (
+        WEIGHT,
+        cast(WEIGHT, Cast(format="fp8_e4m3", scale_error=8.0, forgotten=True)),
+        "scaled",
+        "times the reference's, and rounded",
+    ),
     "dropped": (NORM, torch.zeros_like(NORM), "zero", "dropped"),
     "overflow": (WEIGHT, torch.where(WEIGHT > 0.1, torch.inf, WEIGHT), "not_finite", "inf or nan"),
     "a norm with a little noise": (NORM, NORM + 0.01 * torch.randn(576, generator=SEEDED), "noise", "Gaussian"),
@@ -90,22 +97,22 @@ def found(reference: Path, degraded: Path) -> list[Finding]:
 
 
 @pytest.mark.parametrize(
-    ("damage", "kind"),
+    ("damage", "kind", "words"),
     [
-        ({"kind": "conversion_bug", "bug": "swapped_gate_up"}, "other_tensor"),
-        ({"kind": "conversion_bug", "bug": "stale_layer"}, "other_tensor"),
-        ({"kind": "conversion_bug", "bug": "untied_head"}, "permuted"),
-        ({"kind": "conversion_bug", "bug": "norm_minus_one"}, "zero"),
+        ({"kind": "conversion_bug", "bug": "swapped_gate_up"}, "other_tensor", "gate and up are swapped"),
+        ({"kind": "conversion_bug", "bug": "stale_layer"}, "other_tensor", "a stale copy: layer 0's"),
+        ({"kind": "conversion_bug", "bug": "untied_head"}, "permuted", "untied from the embedding: rows moved"),
+        ({"kind": "conversion_bug", "bug": "norm_minus_one"}, "zero", "dropped"),
     ],
 )
 def test_bugs_in_checkpoints_are_named_and_advice_is_to_export(
-    damage: dict[str, Any], kind: str, tiny: Path, tmp_path: Path
+    damage: dict[str, Any], kind: str, words: str, tiny: Path, tmp_path: Path
 ):
     findings = found(tiny, degrade(tiny, tmp_path, **damage))
     assert {finding.kind for finding in findings} == {kind}
     advice = advise(findings)
     assert advice.action == "export"
-    assert any("relative L2" in reason for reason in advice.reasons)
+    assert any(words in reason and "relative L2" in reason for reason in advice.reasons)
 
 
 def test_a_missing_tensor_is_found(tiny: Path, tmp_path: Path):
