@@ -85,7 +85,8 @@ def _uncovered(job: ReportJob, evidence: Evidence) -> list[str]:
     kinds = ", ".join(sorted({name.removesuffix(".weight").rpartition(".")[2] for name in bare}))
     mean = sum(damage[name] for name in bare) / len(bare)
     found = f"{len(bare)} of {len(damage)} damaged tensors have no adapter"
-    return [f"{found} ({kinds}; changed by {mean:.2g} of their norm on average): placement auto weighs them too"]
+    remedy = "placement auto weighs the layers' matrices among them, others want the reference's own values"
+    return [f"{found} ({kinds}; changed by {mean:.2g} of their norm on average): {remedy}"]
 
 
 def accuracy_notes(summary: Mapping[str, Any]) -> list[str]:

@@ -70,7 +70,8 @@ def _limits(job: ReportJob, evidence: Evidence, summary: Mapping[str, Any]) -> s
     if summary["kl"] is None or not summary["kl"]["recovered"]:
         return ""
     found = "\n".join(f"- {one}." for one in (*want_of_text(evidence, summary), *causes(job, evidence, summary)))
-    more = "`recover-lora diagnose --run` splits what is left into rank, text, placement and what no adapter undoes."
+    parts = "rank and training, text, placement, and what no adapter undoes"
+    more = f"`recover-lora diagnose --run` splits what is left: {parts}."
     return "\n\n".join(part for part in ("## What limits it", found, more) if part)
 
 

@@ -52,7 +52,7 @@ def verdict(summary: Mapping[str, Any]) -> str:
     if kl["recovery"] >= ENOUGH and (accuracy is None or accuracy >= 100 * ENOUGH):
         return f"**Recovered**: {found}."
     lost = (kl["low"] if kl["low"] is not None else kl["recovery"]) <= 0 or (accuracy is not None and accuracy <= 0)
-    why = "`recover-lora diagnose --run RECIPE` splits what is left into rank, placement, text and training"
+    why = "`recover-lora diagnose --run RECIPE` splits what is left: rank and training, text, placement"
     if lost and kl["recovery"] > 0:
         why = f"the accuracy follows once the KL is below 1, and it is {kl['recovered']:.2f}; {why}"
         if kl["recovered"] < 1 and top is not None and top["recovery"] is not None:

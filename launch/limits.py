@@ -34,7 +34,8 @@ def explain(recipe: Recipe, cluster: Cluster, runs_dir: Path, folder: Path | Non
     maker: Any = jobs.get("train", jobs.get("repair"))
     models = [load_model(given, maker.dtype) for given in (maker.reference, maker.degraded)]
     texts = read_texts(maker)
-    found = limits_of(models[0], models[1], maker.runtime.output, texts.train, texts.held_out, texts.width)
+    learned = None if getattr(maker, "labelled", None) is not None else texts.train
+    found = limits_of(models[0], models[1], maker.runtime.output, learned, texts.held_out, texts.width)
     told = causes(report, gather(report), read_json(report.runtime.output / "summary.json"))
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,13 +54,18 @@ def render(found: Limits) -> list[str]:
         f"held-out KL {found.degraded:.4f} -> {found.recovered:.4f} ({recovery:.1%} recovered)",
         "what is left:",
         line("rank and training", found.rank, "gone if the adapted matrices were the reference's"),
-        line("  of it: data", found.data, f"held-out text against learned text ({found.learned:.4f})"),
         line("placement", found.placement, "gone if all other matrices were, too"),
         line("beyond adapters", found.matrices, "norms, embeddings, biases"),
     ]
+    data = 0.0 if found.data is None else found.data
+    if found.data is not None:
+        lines.insert(3, line("  of it: data", data, f"held-out text against learned text ({found.learned:.4f})"))
+    if found.elsewhere:
+        told = f"the adapters make good {found.elsewhere:.4f} of the damage in other matrices, at least: with their own"
+        lines.append(f"  {told} put right and nothing else, {found.modules:.4f} would be left")
     shares = {
-        "rank and training": found.rank - max(found.data, 0.0),
-        "data": found.data,
+        "rank and training": found.rank - max(data, 0.0),
+        "data": data,
         "placement": found.placement,
         "beyond adapters": found.matrices,
     }

@@ -2,7 +2,8 @@
 
 The degraded model is put right in steps, by writing reference weights into it: first the matrices that have adapters
 (what adapters of full rank, perfectly trained, would come to), then all matrices (what any placement could). What is
-left between the steps is what rank and training, placement, and damage outside of matrices still cost.
+left between the steps is what rank and training, placement, and damage outside of matrices still cost. Adapters that
+make good damage elsewhere (a sequential closed form does) may leave less than their own matrices put right.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class Limits:
 
     degraded: float
     recovered: float
-    learned: float
-    """on as many tokens of the text that was learned from"""
+    learned: float | None
+    """on as many tokens of the text that was learned from; None where that is labelled text of another kind"""
     modules: float
     """with the adapted matrices put right: what other damage costs"""
     matrices: float
@@ -36,18 +37,23 @@ class Limits:
 
     @property
     def rank(self) -> float:
-        """What more rank or longer training could still remove."""
-        return self.recovered - self.modules
+        """What more rank or longer training could still remove, at least."""
+        return max(self.recovered - self.modules, 0.0)
+
+    @property
+    def elsewhere(self) -> float:
+        """What the adapters make good of the damage in other matrices, at least."""
+        return max(self.modules - self.recovered, 0.0)
 
     @property
     def placement(self) -> float:
         """What adapters in more places could still remove."""
-        return self.modules - self.matrices
+        return min(self.modules, self.recovered) - self.matrices
 
     @property
-    def data(self) -> float:
+    def data(self) -> float | None:
         """What more text could still remove, which is part of `rank`."""
-        return self.recovered - self.learned
+        return None if self.learned is None else self.recovered - self.learned
 
 
 def adapted_names(adapted: Any) -> list[str]:
@@ -71,9 +77,10 @@ def put_right(degraded: Any, reference: Any, names: Iterable[str] | None = None)
         wrong[name].copy_(right[name])
 
 
-def limits_of(reference: Any, degraded: Any, adapter: Path, learned: Tokens, held_out: Tokens, width: int) -> Limits:
+def limits_of(
+    reference: Any, degraded: Any, adapter: Path, learned: Tokens | None, held_out: Tokens, width: int
+) -> Limits:
     """The degraded model ends with the reference's matrices. Both models lie on one device."""
-    rows = calibration_rows(learned, int(held_out.lengths.sum()))
 
     def kl(model: Any, tokens: Tokens, what: str) -> float:
         return measure(model, reference, tokens, width, FORWARD_TOKENS, what).kl
@@ -82,7 +89,10 @@ def limits_of(reference: Any, degraded: Any, adapter: Path, learned: Tokens, hel
     adapted = load_adapter(degraded, adapter)
     names = adapted_names(adapted)
     recovered = kl(adapted, held_out, "recovered")
-    on_learned = kl(adapted, learned.head(len(rows)), "recovered, learned text")
+    on_learned = None
+    if learned is not None:
+        rows = calibration_rows(learned, int(held_out.lengths.sum()))
+        on_learned = kl(adapted, learned.head(len(rows)), "recovered, learned text")
     degraded = adapted.unload()
     put_right(degraded, reference, names)
     modules = kl(degraded, held_out, "adapted matrices put right")

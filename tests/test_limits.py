@@ -77,6 +77,16 @@ def test_the_largest_cause_is_named_first():
     assert not any("norms" in line and line.startswith("  - ") for line in lines)
 
 
+def test_adapters_that_make_good_damage_elsewhere_leave_no_negative_share():
+    found = Limits(degraded=4.0, recovered=0.5, learned=None, modules=0.9, matrices=0.1)
+    assert (found.rank, found.placement, found.data) == (0.0, pytest.approx(0.4), None)
+    assert found.rank + found.placement + found.matrices == pytest.approx(found.recovered)
+    page = "\n".join(render(found))
+    assert "make good 0.4000 of the damage in other matrices" in page
+    assert "data" not in page
+    assert "adapter.placement: auto" in page
+
+
 def evidence_of(best_step: int, **training: object) -> Evidence:
     """Of two epochs of two steps each, of 10 and 30 tokens."""
     losses = [4.0, 3.0, 2.0, 1.0]
