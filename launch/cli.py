@@ -259,6 +259,9 @@ def deliver(
     llama_cpp: Annotated[
         Path, typer.Option("--llama-cpp", metavar="DIR", help="Folder with convert_hf_to_gguf.py (`make llama-cpp`).")
     ] = Path("assets/llama.cpp"),
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Merge even into a packed or sparse model, which it is no longer then.")
+    ] = False,
     push: Annotated[
         str | None,
         typer.Option("--push", metavar="OWNER/NAME", help="Upload it to this hub repository, with HF_TOKEN's rights."),
@@ -267,7 +270,7 @@ def deliver(
     from launch.deliver import Forms
     from launch.deliver import deliver as make
 
-    forms = Forms(merged, gguf, served, llama_cpp)
+    forms = Forms(merged, gguf, served, llama_cpp, dense)
     raise typer.Exit(make(load_recipe(recipe, overrides), load_cluster(cluster), runs_dir, forms, push))
 
 

@@ -24,6 +24,10 @@ from recovery.placement import skeleton
 from recovery.sources import check_packing
 
 LLAMA_CPP = Path("assets/llama.cpp")
+SPARSE = 0.05
+"""Share of zeros from which a matrix counts as pruned."""
+LOOKED_AT = 8
+"""Of the adapted matrices."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Forms:
     """Whether a vLLM server has to answer as was scored."""
     llama_cpp: Path = LLAMA_CPP
     """Folder with llama.cpp's converter."""
+    dense: bool = False
+    """Merge into a packed or sparse model all the same: a plain checkpoint comes out."""
 
 
 def deliver_stage(plan: Plan, forms: Forms) -> Stage:
@@ -46,12 +52,9 @@ def deliver_stage(plan: Plan, forms: Forms) -> Stage:
     if recovered.adapter is None or recovered.divergence is None:
         folder = plan.run_folder / "adapter"
         raise UserError("deliver", "train.parameters is all: there is no adapter", f"{folder} is a whole checkpoint")
-    if forms.merged or forms.gguf:
-        bare = skeleton(recovered.model.path, recovered.model.revision)
-        if packing := check_packing(recovered.model.path, bare.config):
-            found = f"the degraded model is packed ({packing['quant_method']}), merging would unpack it"
-            option = "--merged" if forms.merged else "--gguf"
-            raise UserError(option, found, "leave it out: the adapter works beside the packed base")
+    if (forms.merged or forms.gguf) and not forms.dense and (found := undone_by_merging(recovered)):
+        option = "--merged" if forms.merged else "--gguf"
+        raise UserError(option, found, "leave it out: the adapter works beside that base; or add --dense to merge")
     if forms.gguf and not (forms.llama_cpp / CONVERTER).is_file():
         raise UserError("--gguf", f"no {CONVERTER} in {forms.llama_cpp}", "`make llama-cpp`, or --llama-cpp FOLDER")
     job: DeliverJob = Builder(plan.recipe, plan.runs_dir).job(
@@ -75,6 +78,26 @@ def deliver_stage(plan: Plan, forms: Forms) -> Stage:
     if absent := missing_inputs(stage, plan.stages):
         raise UserError("deliver", f"needs {', '.join(absent)}, not finished", "`recover-lora run` the recipe first")
     return stage
+
+
+def undone_by_merging(recovered: EvaluateJob) -> str | None:
+    """What the degraded model is that a merged one would not be, packed or sparse; None for a plain, dense one."""
+    model, adapter = recovered.model, recovered.adapter
+    bare = skeleton(model.path, model.revision)
+    if packing := check_packing(model.path, bare.config):
+        return f"the degraded model is packed ({packing['quant_method']}), merging would unpack it"
+    if adapter is None or not adapter.path.is_dir() or not Path(model.path).is_dir():
+        return None
+    from recovery.adapters import adapted_modules
+    from recovery.weights import Checkpoint
+
+    weights = Checkpoint(Path(model.path))
+    names = [name for module in sorted(adapted_modules(adapter.path)) if (name := f"{module}.weight") in weights]
+    for name in names[:: max(1, len(names) // LOOKED_AT)]:
+        share = float((weights[name] == 0).float().mean())
+        if share >= SPARSE:
+            return f"the degraded model is sparse ({share:.0%} of {name} are zero), merging would fill it"
+    return None
 
 
 def served_by(stage: Stage, plan: Plan) -> tuple[Stage, ServerPool]:

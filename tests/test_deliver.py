@@ -50,8 +50,8 @@ def runs(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def stage_of(recipe: Recipe, runs: Path, *, merged: bool) -> Stage:
-    return deliver_stage(Plan.of(recipe, LOCAL, runs, HashMemory(None)), Forms(merged=merged))
+def stage_of(recipe: Recipe, runs: Path, *, merged: bool, dense: bool = False) -> Stage:
+    return deliver_stage(Plan.of(recipe, LOCAL, runs, HashMemory(None)), Forms(merged=merged, dense=dense))
 
 
 def deliver(recipe: Recipe, runs: Path, *, merged: bool) -> Path:
@@ -154,6 +154,27 @@ def test_what_cannot_be_delivered_is_said_at_once(recipe: Recipe, runs: Path, tm
     given = recipe.models.model_copy(update={"degraded": str(tmp_path / "packed")})
     with pytest.raises(UserError, match=r"--merged: the degraded model is packed \(bitsandbytes\)"):
         stage_of(recipe.model_copy(update={"models": given, "degrade": None}), runs, merged=True)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "packed"])
+def test_merging_into_what_it_would_undo_must_be_asked_for_twice(models: dict[str, Path], tmp_path: Path, kind: str):
+    changes: dict[str, Any] = {"degrade": {"kind": "pruning", "modules": ["all"]}}
+    if kind == "packed":
+        write_nf4(models["llama"], tmp_path / "packed")
+        changes = {"degrade": None, "models": {"reference": str(models["llama"]), "degraded": str(tmp_path / "packed")}}
+    recipe = tiny_recipe(models["llama"], make_benchmarks(tmp_path / "data"), train={"epochs": 2}, **changes)
+    runs = tmp_path / "runs"
+    run_in_process(recipe, runs)
+    with pytest.raises(UserError, match=rf"--merged: the degraded model is {kind} .*add --dense"):
+        stage_of(recipe, runs, merged=True)
+    job: Any = stage_of(recipe, runs, merged=True, dense=True).job
+    build(job, eval.deliver.produce, resumable=False)
+    config = read_json(job.runtime.output / "merged" / "config.json")
+    assert "quantization_config" not in config
+    weights = load_file(job.runtime.output / "merged" / "model.safetensors")
+    value = weights["model.layers.0.self_attn.v_proj.weight"]
+    assert value.is_floating_point()
+    assert float((value == 0).float().mean()) < 0.05
 
 
 def test_greedy_tokens_may_change_places_within_rounding():
