@@ -61,7 +61,12 @@ def summarize(findings: Sequence[Finding]) -> list[tuple[str, str]]:
         layers = sorted({number for member in members if (number := layer_of(member.tensor)) is not None})
         where = f" in layers {_ranges(layers)}" if layers else ""
         size = sum(member.relative_l2 for member in members) / len(members)
-        lines.append((f"{kind.replace('_', ' ')}, {module}{where}", f"{members[0].detail} (relative L2 {size:.3g})"))
+        found = f"{members[0].detail} (relative L2 {size:.3g}"
+        spectra = [member.spectrum for member in members if member.spectrum is not None]
+        if spectra:
+            half, most, _, count = (round(sum(values) / len(spectra)) for values in zip(*spectra, strict=True))
+            found += f"; of {count} singular values {half} hold half of the change, {most} nine tenths"
+        lines.append((f"{kind.replace('_', ' ')}, {module}{where}", f"{found})"))
     return lines
 
 

@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -56,6 +56,9 @@ class Finding:
     kind: Kind
     detail: str
     """What was found, in words and numbers."""
+    spectrum: tuple[int, int, int, int] | None = None
+    """Singular values of the change that hold 50, 90 and 99 % of its square, and how many there are (of a corner of a
+    large matrix); None for what is no matrix, and for structural damage."""
 
 
 def examine(theirs: Checkpoint, own: Checkpoint) -> Iterator[tuple[str, Finding | None]]:
@@ -119,7 +122,13 @@ def compare_tensors(name: str, right: Tensor, wrong: Tensor, known: Known | None
     kind, detail = _classify(name, right, wrong, known)
     different_shape = right.shape != wrong.shape
     relative = 1.0 if different_shape else _relative(right.float(), wrong.float())
-    return Finding(name, tuple(right.shape), relative, kind, detail)
+    spectrum = None
+    if kind not in get_args(Structural) and right.ndim == 2 and min(right.shape) >= 8:
+        spectrum = _spectrum(wrong.float() - right.float())
+        *_, most, count = spectrum
+        if kind in ("noise", "changed") and most <= count // 8:
+            kind, detail = "low_rank", f"99% of the change has rank {most} of {count}"
+    return Finding(name, tuple(right.shape), relative, kind, detail, spectrum)
 
 
 def _classify(name: str, right: Tensor, wrong: Tensor, known: Known | None) -> tuple[Kind, str]:
@@ -305,16 +314,18 @@ def _distinct(rows: Tensor, group: int) -> int:
     return int(((whole.diff(dim=1) > step).sum(1) + 1).max())
 
 
+def _spectrum(change: Tensor) -> tuple[int, int, int, int]:
+    """As Finding.spectrum has it."""
+    values = torch.linalg.svdvals(change[:SPECTRUM_ROWS, :SPECTRUM_ROWS])
+    energy = values.square().cumsum(0) / values.square().sum().clamp(min=1e-30)
+    half, most, nearly = (int((energy < share).sum()) + 1 for share in (0.5, 0.9, 0.99))
+    return half, most, nearly, len(values)
+
+
 def _spread(right: Tensor, wrong: Tensor) -> tuple[Kind, str]:
-    """A change of every value: noise, a change of low rank, or something else."""
+    """A change of every value: noise, or something else."""
     change = wrong - right
     relative = float(change.std() / right.std().clamp(min=1e-30))
-    if right.ndim == 2 and min(right.shape) >= 8:
-        values = torch.linalg.svdvals(change[:SPECTRUM_ROWS, :SPECTRUM_ROWS])
-        energy = values.square().cumsum(0) / values.square().sum()
-        rank = int((energy < 0.99).sum()) + 1
-        if rank <= len(values) // 8:
-            return "low_rank", f"99% of the change has rank {rank} of {len(values)}"
     z = (change - change.mean()) / change.std().clamp(min=1e-30)
     kurtosis = float(z.pow(4).mean())
     tied = float((change.flatten() @ right.flatten()) / (change.norm() * right.norm()).clamp(min=1e-30))

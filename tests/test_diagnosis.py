@@ -87,6 +87,23 @@ def test_each_damage_is_recognised(case: str):
     assert finding.relative_l2 > 0
 
 
+def test_the_spectrum_of_a_change_says_what_rank_it_has():
+    low = compare_tensors("w", WEIGHT, LOW_RANK)
+    noise = compare_tensors("w", WEIGHT, WEIGHT + 0.01 * noise_like(WEIGHT, 0, "w"))
+    assert low is not None
+    assert low.spectrum is not None
+    assert low.spectrum[2:] == (4, 192)
+    assert noise is not None
+    values = torch.linalg.svdvals((WEIGHT + 0.01 * noise_like(WEIGHT, 0, "w") - WEIGHT).double()).square()
+    shares = values.cumsum(0) / values.sum()
+    assert noise.spectrum == (*(int((shares < share).sum()) + 1 for share in (0.5, 0.9, 0.99)), 192)
+    assert "4 hold half" not in summarize([noise])[0][1]
+    assert f"of 192 singular values {noise.spectrum[0]} hold half" in summarize([noise])[0][1]
+    swapped = compare_tensors("w", SQUARE, SQUARE.T.contiguous())
+    assert swapped is not None
+    assert swapped.spectrum is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_same_weights_in_another_dtype_are_no_damage(dtype: torch.dtype):
     assert compare_tensors("w", WEIGHT, WEIGHT.to(dtype)) is None
