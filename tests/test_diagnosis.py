@@ -94,6 +94,7 @@ def test_the_spectrum_of_a_change_says_what_rank_it_has():
     assert low.spectrum is not None
     assert low.spectrum[2:] == (4, 192)
     assert noise is not None
+    assert noise.spectrum is not None
     values = torch.linalg.svdvals((WEIGHT + 0.01 * noise_like(WEIGHT, 0, "w") - WEIGHT).double()).square()
     shares = values.cumsum(0) / values.sum()
     assert noise.spectrum == (*(int((shares < share).sum()) + 1 for share in (0.5, 0.9, 0.99)), 192)
