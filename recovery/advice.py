@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from recovery.diagnosis import Finding, Structural
+from recovery.diagnosis import LAYER, Finding, Structural
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def adapted_as(tensor: str) -> str:
 
 
 def layer_of(tensor: str) -> int | None:
-    found = re.search(r"\.layers\.(\d+)\.", tensor)
+    found = LAYER.search(tensor)
     return int(found.group(1)) if found else None
 
 

@@ -40,6 +40,8 @@ SAME = 0.02
 """Relative L2 below which a tensor counts as another one, but for rounding to a narrower dtype."""
 WHOLE = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes in which a checkpoint is deployed as it is; a cast to a narrower one is damage."""
+LAYER = re.compile(r"\.layers\.(\d+)\.")
+"""In a tensor's name."""
 GROUPS = (16, 32, 64, 128, 256)
 SPECTRUM_ROWS = 1024
 """Of a large matrix, the corner whose spectrum is taken: a change of low rank is so everywhere."""
@@ -58,7 +60,7 @@ class Finding:
     """What was found, in words and numbers."""
     spectrum: tuple[int, int, int, int] | None = None
     """Singular values of the change that hold 50, 90 and 99 % of its square, and how many there are (of a corner of a
-    large matrix); None for what is no matrix, and for structural damage."""
+    large matrix); None for what is no matrix, for structural damage, and where that corner is unchanged."""
 
 
 def examine(theirs: Checkpoint, own: Checkpoint) -> Iterator[tuple[str, Finding | None]]:
@@ -125,9 +127,8 @@ def compare_tensors(name: str, right: Tensor, wrong: Tensor, known: Known | None
     spectrum = None
     if kind not in get_args(Structural) and right.ndim == 2 and min(right.shape) >= 8:
         spectrum = _spectrum(wrong.float() - right.float())
-        *_, most, count = spectrum
-        if kind in ("noise", "changed") and most <= count // 8:
-            kind, detail = "low_rank", f"99% of the change has rank {most} of {count}"
+        if spectrum is not None and kind in ("noise", "changed") and spectrum[2] <= spectrum[3] // 8:
+            kind, detail = "low_rank", f"99% of the change has rank {spectrum[2]} of {spectrum[3]}"
     return Finding(name, tuple(right.shape), relative, kind, detail, spectrum)
 
 
@@ -173,9 +174,8 @@ def _mixed_up(name: str, other: str) -> str:
     """The known bug that leaves one tensor's content under another's name, in words."""
     if name.replace("gate_proj", "up_proj") == other or other.replace("gate_proj", "up_proj") == name:
         return " (gate and up are swapped)"
-    layers = [re.search(r"\.layers\.(\d+)\.", tensor) for tensor in (name, other)]
-    if all(layers) and re.sub(r"\.layers\.\d+\.", "", name) == re.sub(r"\.layers\.\d+\.", "", other):
-        return f" (a stale copy: layer {layers[1].group(1)}'s was written again)" if layers[1] else ""
+    if (layer := LAYER.search(other)) is not None and LAYER.sub("", name) == LAYER.sub("", other):
+        return f" (a stale copy: layer {layer.group(1)}'s was written again)"
     return ""
 
 
@@ -314,10 +314,12 @@ def _distinct(rows: Tensor, group: int) -> int:
     return int(((whole.diff(dim=1) > step).sum(1) + 1).max())
 
 
-def _spectrum(change: Tensor) -> tuple[int, int, int, int]:
+def _spectrum(change: Tensor) -> tuple[int, int, int, int] | None:
     """As Finding.spectrum has it."""
     values = torch.linalg.svdvals(change[:SPECTRUM_ROWS, :SPECTRUM_ROWS])
-    energy = values.square().cumsum(0) / values.square().sum().clamp(min=1e-30)
+    if not values.any():
+        return None
+    energy = values.square().cumsum(0) / values.square().sum()
     half, most, nearly = (int((energy < share).sum()) + 1 for share in (0.5, 0.9, 0.99))
     return half, most, nearly, len(values)
 

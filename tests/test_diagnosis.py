@@ -100,6 +100,11 @@ def test_the_spectrum_of_a_change_says_what_rank_it_has():
     assert noise.spectrum == (*(int((shares < share).sum()) + 1 for share in (0.5, 0.9, 0.99)), 192)
     assert "4 hold half" not in summarize([noise])[0][1]
     assert f"of 192 singular values {noise.spectrum[0]} hold half" in summarize([noise])[0][1]
+    large = torch.ones(1100, 8)
+    beyond = compare_tensors("w", large, torch.cat([large[:-1], 2 * large[-1:]]))
+    assert beyond is not None
+    assert beyond.kind != "low_rank"  # the corner that is looked at says nothing
+    assert beyond.spectrum is None
     swapped = compare_tensors("w", SQUARE, SQUARE.T.contiguous())
     assert swapped is not None
     assert swapped.spectrum is None
