@@ -24,8 +24,9 @@ from recovery.environment import return_memory
 from recovery.errors import UserError, first_line
 from recovery.gated import use_gated_products
 from recovery.head import Head
+from recovery.integers import plain_weights
 from recovery.partition import gathered
-from recovery.sources import check_packing, pretrained, unpacking
+from recovery.sources import INTEGERS, check_packing, pretrained, unpacking
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -77,18 +78,25 @@ def load_model(given: ModelInput, dtype: Dtype | None, *, placed: bool = True) -
     them fits it. dtype: compute type of the weights; None keeps the checkpoint's own. placed: move to this process's
     device.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
     quiet_libraries()
     try:
         place, arguments = pretrained(given.path, given.revision)
-        config = AutoConfig.from_pretrained(place, **arguments)
+        config: Any = AutoConfig.from_pretrained(place, **arguments)
         packing = check_packing(given.path, config)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        wanted = None if dtype is None else TORCH_DTYPES[dtype]
+        maker: Any = AutoModelForCausalLM
+        if packing.get("quant_method") in INTEGERS:
+            del config.quantization_config
+            maker = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class wants a place
+            weights = plain_weights(given.path, given.revision, packing, wanted)
+            place, packing, arguments = None, {}, {"config": config, "state_dict": weights}
+        loaded: Any = maker.from_pretrained(
             place,
             **arguments,
             **unpacking(packing, placed=placed),
-            dtype="auto" if dtype is None else TORCH_DTYPES[dtype],
+            dtype="auto" if wanted is None else wanted,
             attn_implementation=attention_kind(config),
             use_safetensors=True,
             output_loading_info=True,
@@ -101,7 +109,7 @@ def load_model(given: ModelInput, dtype: Dtype | None, *, placed: bool = True) -
     model, loading = loaded
     if packing:
         model = unpacked(model, given.path)
-    model = model if dtype is None else model.to(TORCH_DTYPES[dtype])
+    model = model if wanted is None else model.to(wanted)
     absent = sorted([*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])])
     if absent:
         raise UserError(

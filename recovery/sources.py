@@ -13,7 +13,10 @@ from recovery.files import read_json
 GGUF = ".gguf"
 PACKAGES = {"gguf": "gguf", "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors"}
 """What unpacks a format, beside transformers itself."""
-FORMATS = ("fp8", "mxfp4", *PACKAGES)
+INTEGERS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
+"""Formats that recovery.integers unpacks, and the layouts it knows of each; the first is meant where none is named."""
+GPTQ_BITS = (2, 3, 4, 8)
+FORMATS = ("fp8", "mxfp4", *INTEGERS, *PACKAGES)
 
 
 def is_gguf(path: str) -> bool:
@@ -79,7 +82,19 @@ def check_packing(path: str, config: Any) -> Mapping[str, Any]:
         raise UserError(path, f"quantized with {method}, whose package is missing", f"pip install {method}")
     if method == "fp8" and packing.get("weight_block_size") and Path(path).is_dir():
         _check_blocks(Path(path), tuple(packing["weight_block_size"]))
+    if method in INTEGERS:
+        _check_integers(path, method, packing)
     return packing
+
+
+def _check_integers(path: str, method: str, packing: Mapping[str, Any]) -> None:
+    layouts, remedy = INTEGERS[method], "give its weights dequantized"
+    named = next((packing[key] for key in ("checkpoint_format", "version", "format") if packing.get(key)), layouts[0])
+    if str(named).lower() not in layouts:
+        raise UserError(path, f"quantized with {method} in the layout {named!r}", f"{remedy}, or as {layouts[0]!r}")
+    bits = packing.get("bits", packing.get("w_bit", 4))
+    if bits not in (GPTQ_BITS if method == "gptq" else (4,)):
+        raise UserError(path, f"quantized with {method} to {bits} bits", remedy)
 
 
 def _check_blocks(folder: Path, block: tuple[int, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints as other tools leave them: FP8 and NF4 folders, and GGUF files."""
+"""Checkpoints as other tools leave them: FP8, NF4, GPTQ and AWQ folders, and GGUF files."""
 
 from __future__ import annotations
 
@@ -59,6 +59,64 @@ def write_nf4(source: Path, target: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(source, quantization_config=four_bits, dtype=torch.float32)
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(source).save_pretrained(target)
+
+
+GROUP = 32
+
+
+def rounded(weight_OI: Tensor, bits: int, groups_I: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes (I, O) int64, zero points (G, O) int64 from 1 on, scales (G, O) float16) of round-to-nearest."""
+    most, zeros, scales = 2**bits - 1, [], []
+    for group in range(int(groups_I.max()) + 1):
+        columns_OG = weight_OI[:, groups_I == group].float()
+        low_O, high_O = columns_OG.amin(1).clamp(max=0.0), columns_OG.amax(1).clamp(min=0.0)
+        scales.append(((high_O - low_O) / most).half())
+        zeros.append((-low_O / scales[-1].float()).round().long().clamp(1, most))
+    scales_GO, zeros_GO = torch.stack(scales), torch.stack(zeros)
+    codes_IO = (weight_OI.float().T / scales_GO.float()[groups_I]).round().long() + zeros_GO[groups_I]
+    return codes_IO.clamp(0, most), zeros_GO, scales_GO
+
+
+def words(codes_NM: Tensor, bits: int) -> Tensor:
+    """int32, each column of codes as one stream of bits, through numpy's own packing."""
+    columns_MN = np.ascontiguousarray(codes_NM.numpy().T.astype(np.uint8))
+    stream = np.unpackbits(columns_MN[..., None], axis=2, count=bits, bitorder="little").reshape(len(columns_MN), -1)
+    return torch.from_numpy(np.packbits(stream, axis=1, bitorder="little").view("<i4").T.copy())
+
+
+def write_integers(source: Path, target: Path, method: str, bits: int = 4, **more: Any) -> dict[str, Tensor]:
+    """Projections as GPTQ (columns grouped in a random order, as by importance) or AWQ store them; returns what they
+    stand for. more: of the quantization config."""
+    copy_small_files(source, target)
+    stored, meant = {}, {}
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in load_file(source / "model.safetensors").items():
+        if not name.endswith(("proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")):
+            stored[name] = weight
+            continue
+        module, inputs = name.removesuffix(".weight"), weight.shape[1]
+        groups_I = torch.arange(inputs) // GROUP
+        if method == "gptq":
+            groups_I = groups_I[torch.randperm(inputs, generator=generator)]
+        codes_IO, zeros_GO, scales_GO = rounded(weight, bits, groups_I)
+        meant[name] = (scales_GO.float()[groups_I] * (codes_IO - zeros_GO[groups_I])).T
+        if method == "gptq":
+            less = 0 if more.get("checkpoint_format") == "gptq_v2" else 1
+            packed = words(codes_IO, bits), words((zeros_GO - less).T, bits).T.contiguous()
+            stored[f"{module}.g_idx"] = groups_I.int()
+        else:
+            # The order in which AutoAWQ puts eight neighbouring outputs into a word.
+            order = [0, 2, 4, 6, 1, 3, 5, 7]
+            packed = tuple(
+                words(one.unflatten(1, (-1, 8))[..., order].flatten(1).T, 4).T.contiguous()
+                for one in (codes_IO, zeros_GO)
+            )
+        stored |= {f"{module}.qweight": packed[0], f"{module}.qzeros": packed[1], f"{module}.scales": scales_GO}
+    save_file(stored, target / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": bits, "group_size": GROUP, **more}
+    (target / "config.json").write_text(json.dumps(config))
+    return meant
 
 
 NAMES = {

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eval.config import Evaluate
@@ -24,10 +24,10 @@ from recovery.measure import measure
 from recovery.models import load_model
 from recovery.vocabulary import load_vocabulary, used_width
 from tests.conftest import make_model
-from tests.packed import write_fp8, write_gguf, write_nf4
+from tests.packed import write_fp8, write_gguf, write_integers, write_nf4
 from tests.pipeline import job_of, make_benchmarks, run_in_process, tiny_recipe
 
-KINDS = ("fp8", "nf4", "gguf")
+KINDS = ("fp8", "nf4", "gguf", "gptq", "awq")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,8 @@ def packed(reference: Path) -> dict[str, tuple[Path, dict[str, Tensor]]]:
         "fp8": (folder / "fp8", write_fp8(reference, folder / "fp8")),
         "nf4": (folder / "nf4", {}),
         "gguf": (folder / "model.gguf", write_gguf(reference, folder / "model.gguf")),
+        "gptq": (folder / "gptq", write_integers(reference, folder / "gptq", "gptq")),
+        "awq": (folder / "awq", write_integers(reference, folder / "awq", "awq", version="gemm", zero_point=True)),
     }
 
 
@@ -188,10 +190,38 @@ def test_what_cannot_be_unpacked_is_refused_at_once(models: dict[str, Path], ref
     recipe = recipe.model_copy(update={"evaluate": Evaluate(suite="none")})
     with pytest.raises(UserError, match="no multiple of its blocks"):
         job_of(recipe, tmp_path, "train")
-    shutil.copytree(reference, tmp_path / "gptq")
-    config = json.loads((reference / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
-    (tmp_path / "gptq" / "config.json").write_text(json.dumps(config))
-    recipe = tiny_recipe(reference, tmp_path, models={"degraded": str(tmp_path / "gptq")}, degrade=None)
+    write_integers(reference, tmp_path / "marlin", "gptq", checkpoint_format="marlin")
+    recipe = tiny_recipe(reference, tmp_path, models={"degraded": str(tmp_path / "marlin")}, degrade=None)
     recipe = recipe.model_copy(update={"evaluate": Evaluate(suite="none")})
-    with pytest.raises(UserError, match="quantized with gptq; give its weights dequantized"):
+    with pytest.raises(UserError, match="gptq in the layout 'marlin'; give its weights dequantized, or as 'gptq'"):
         job_of(recipe, tmp_path, "train")
+    config = json.loads((reference / "config.json").read_text()) | {"quantization_config": {"quant_method": "hqq"}}
+    (tmp_path / "marlin" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="quantized with hqq; give its weights dequantized"):
+        job_of(recipe, tmp_path, "train")
+
+
+@pytest.mark.parametrize(("bits", "layout"), [(2, "gptq"), (3, "gptq"), (8, "gptq"), (3, "gptq_v2"), (4, "gptq_v2")])
+def test_gptq_of_every_width(reference: Path, tmp_path: Path, bits: int, layout: str):
+    meant = write_integers(reference, tmp_path / "packed", "gptq", bits, checkpoint_format=layout)
+    found = dict(load(tmp_path / "packed").named_parameters())
+    assert len(meant) == 14
+    for name, weight in meant.items():
+        assert torch.equal(found[name], weight), name
+
+
+def test_experts_packed_one_by_one_are_put_together(models: dict[str, Path], tmp_path: Path):
+    meant = write_integers(models["mixtral"], tmp_path / "gptq", "gptq")
+    experts = load(tmp_path / "gptq").model.layers[0].mlp.experts
+    first = "model.layers.0.block_sparse_moe.experts.0"
+    assert torch.equal(experts.gate_up_proj[0], torch.cat([meant[f"{first}.{part}.weight"] for part in ("w1", "w3")]))
+    assert torch.equal(experts.down_proj[0], meant[f"{first}.w2.weight"])
+
+
+def test_a_matrix_without_a_part_is_named(reference: Path, tmp_path: Path):
+    write_integers(reference, tmp_path / "awq", "awq")
+    stored = load_file(tmp_path / "awq" / "model.safetensors")
+    del stored["model.layers.1.mlp.up_proj.scales"]
+    save_file(stored, tmp_path / "awq" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"layers.1.mlp.up_proj cannot be unpacked: it has qweight \(64, 12\)"):
+        load(tmp_path / "awq")
