@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ from launch.cluster import Cluster
 from launch.recipe import Recipe
 from launch.resolve import check_models, resolve_names
 from launch.stages import build_stages
+from recovery.artifacts import folder_of, is_being_built
+from recovery.config import Job, ModelInput
 from recovery.errors import UserError
-from recovery.files import HashMemory, read_json, write_json
-from recovery.limits import Limits, limits_of
+from recovery.files import HashMemory, held_out_lines, read_json, write_json
+from recovery.limits import Limits, limits_of, limits_of_whole
 from recovery.models import load_model
+from recovery.stage import last_words
 from recovery.texts import read_texts
+from recovery.watch import advice
 
 
 def explain(recipe: Recipe, cluster: Cluster, runs_dir: Path, folder: Path | None) -> str:
@@ -28,22 +33,46 @@ def explain(recipe: Recipe, cluster: Cluster, runs_dir: Path, folder: Path | Non
     report = jobs["report"]
     assert isinstance(report, ReportJob)
     if not report.runtime.output.exists():
+        if told := failure(jobs.values()):
+            return "\n".join(told)
         raise UserError(recipe.name, "not finished", f"run it first; there is no {report.runtime.output}")
-    if recipe.train.parameters == "all":
-        raise UserError("train.parameters", "all: there are no adapters", "explain a recipe that has some")
     maker: Any = jobs.get("train", jobs.get("repair"))
-    models = [load_model(given, maker.dtype) for given in (maker.reference, maker.degraded)]
+    whole, output = recipe.train.parameters == "all", maker.runtime.output
+    reference, degraded = (load_model(given, maker.dtype) for given in (maker.reference, maker.degraded))
     texts = read_texts(maker)
     learned = None if getattr(maker, "labelled", None) is not None else texts.train
-    found = limits_of(models[0], models[1], maker.runtime.output, learned, texts.held_out, texts.width)
+    if whole:
+        recovered = load_model(ModelInput(path=str(output), digest=""), maker.dtype)
+        found = limits_of_whole(reference, degraded, recovered, learned, texts.held_out, texts.width)
+    else:
+        found = limits_of(reference, degraded, output, learned, texts.held_out, texts.width)
     told = causes(report, gather(report), read_json(report.runtime.output / "summary.json"))
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "limits.json", {**asdict(found), "recipe": recipe.name})
-    return "\n".join([*render(found), *(f"  - {one}" for one in told)])
+    return "\n".join([*render(found, whole=whole), *(f"  - {one}" for one in told)])
 
 
-def render(found: Limits) -> list[str]:
+def failure(jobs: Iterable[Job]) -> list[str]:
+    """What ended the first stage that is not finished, in its own words, and what it had measured until then.
+
+    Nothing where no stage has ended badly, or where one is at work.
+    """
+    job = next((job for job in jobs if not job.runtime.output.exists()), None)
+    if job is None or job.runtime.log is None or not job.runtime.log.exists() or is_being_built(job.runtime.output):
+        return []
+    words = last_words(job.runtime.log.read_text(errors="replace"))
+    if words is None:
+        return []
+    lines = [f"no recovery: {job.stage} ended with", f"  {words}"]
+    if kls := [line["kl"] for line in held_out_lines(folder_of(job))]:
+        lines.append(f"held-out KL, as it was measured: {', '.join(f'{kl:.4f}' for kl in kls)}")
+        lines += [f"  - {hint}" for hint in (advice(kls),) if hint]
+    return lines
+
+
+def render(found: Limits, *, whole: bool = False) -> list[str]:
+    """whole: all parameters learned, so that there is neither rank nor placement to it."""
     left = max(found.recovered, 1e-9)
 
     def line(what: str, value: float, meaning: str) -> str:
@@ -57,6 +86,8 @@ def render(found: Limits) -> list[str]:
         line("placement", found.placement, "gone if all other matrices were, too"),
         line("beyond adapters", found.matrices, "norms, embeddings, biases"),
     ]
+    if whole:
+        lines[2:] = [line("training", found.rank, "gone if all parameters were the reference's")]
     data = 0.0 if found.data is None else found.data
     if found.data is not None:
         lines.insert(3, line("  of it: data", data, f"held-out text against learned text ({found.learned:.4f})"))
@@ -70,7 +101,9 @@ def render(found: Limits) -> list[str]:
         "beyond adapters": found.matrices,
     }
     remedies = {
-        "rank and training": "raise adapter.rank, or train longer (train.epochs) while held-out KL falls",
+        "rank and training": "train longer (train.epochs) while held-out KL falls"
+        if whole
+        else "raise adapter.rank, or train longer (train.epochs) while held-out KL falls",
         "data": "more text: raise generate.samples rather than train.epochs",
         "placement": "damage lies in matrices without an adapter: set adapter.placement: auto",
         "beyond adapters": "write the reference's norms, embeddings and biases into the degraded model",

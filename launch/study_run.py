@@ -29,6 +29,7 @@ from launch.share import Share, shares_of
 from launch.study import Point, Study, is_whole, plans_of, states, status_table
 from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER
 from recovery.files import HashMemory
+from recovery.stage import last_words
 
 log = logging.getLogger("recover-lora")
 POLL_S = 0.3
@@ -247,7 +248,6 @@ def why_failed(plan: Plan, before: Mapping[Path, int], code: int) -> str:
     """The last error that was logged by this attempt. before: how long each log was."""
     for path in reversed([path for path in logs_of(plan) if path.exists()]):
         new = path.read_bytes()[before.get(path, 0) :].decode(errors="replace")
-        lines = [line for line in new.splitlines() if "error: " in line]
-        if lines:
-            return f"{path.stem}: {lines[-1].partition('error: ')[2]}"
+        if words := last_words(new):
+            return f"{path.stem}: {words}"
     return f"a stage ended with {code} and said nothing; see {plan.run_folder / 'logs'}"

@@ -77,6 +77,24 @@ def put_right(degraded: Any, reference: Any, names: Iterable[str] | None = None)
         wrong[name].copy_(right[name])
 
 
+def as_much(learned: Tokens, held_out: Tokens) -> Tokens:
+    """The first samples that were learned from, as many tokens as are held out."""
+    return learned.head(len(calibration_rows(learned, int(held_out.lengths.sum()))))
+
+
+def limits_of_whole(
+    reference: Any, degraded: Any, recovered: Any, learned: Tokens | None, held_out: Tokens, width: int
+) -> Limits:
+    """Of a model whose parameters all learned: nothing is out of its reach. All models lie on one device."""
+
+    def kl(model: Any, tokens: Tokens, what: str) -> float:
+        return measure(model, reference, tokens, width, FORWARD_TOKENS, what).kl
+
+    left = kl(recovered, held_out, "recovered")
+    on_learned = None if learned is None else kl(recovered, as_much(learned, held_out), "recovered, learned text")
+    return Limits(kl(degraded, held_out, "degraded"), left, on_learned, modules=0.0, matrices=0.0)
+
+
 def limits_of(
     reference: Any, degraded: Any, adapter: Path, learned: Tokens | None, held_out: Tokens, width: int
 ) -> Limits:
@@ -89,10 +107,7 @@ def limits_of(
     adapted = load_adapter(degraded, adapter)
     names = adapted_names(adapted)
     recovered = kl(adapted, held_out, "recovered")
-    on_learned = None
-    if learned is not None:
-        rows = calibration_rows(learned, int(held_out.lengths.sum()))
-        on_learned = kl(adapted, learned.head(len(rows)), "recovered, learned text")
+    on_learned = None if learned is None else kl(adapted, as_much(learned, held_out), "recovered, learned text")
     degraded = adapted.unload()
     put_right(degraded, reference, names)
     modules = kl(degraded, held_out, "adapted matrices put right")

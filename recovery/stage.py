@@ -36,6 +36,7 @@ from recovery.files import HashMemory, write_atomic
 log = logging.getLogger("recover-lora")
 LAUNCHER = "RECOVER_LORA_LAUNCHER"  # environment variable: the launcher's process id
 STOP_VARIABLE = "RECOVER_LORA_STOP_FILE"  # environment variable: a file that, once there, asks training to stop
+LAST_WORDS = "error: "
 JobType = TypeVar("JobType", bound=Job)
 
 
@@ -66,6 +67,12 @@ def set_up_logging(stage: str, path: Path | None = None) -> None:
         file = _FileHandler(path)
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(file)
+
+
+def last_words(text: str) -> str | None:
+    """What ended a stage, in the words of its log file. text: of the log, or its end."""
+    said = [line.partition(LAST_WORDS)[2] for line in text.splitlines() if LAST_WORDS in line]
+    return said[-1] if said else None
 
 
 def exit_code_of(error: BaseException) -> int:
@@ -219,7 +226,7 @@ def run_stage(
         # Launchers of several ranks have codes of their own; and what ended a rank is why they interrupt the others.
         if "RANK" in os.environ and (code == EXIT_USER or (code == EXIT_INTERRUPTED and not exit_file.exists())):
             write_atomic(exit_file, str(code))
-        log.debug("error: %s", first_line(error))  # which the log file keeps
+        log.debug("%s%s", LAST_WORDS, first_line(error))  # which the log file keeps
     sys.stdout.flush()
     sys.stderr.flush()
     heartbeat.leave(how)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,20 @@ from eval.causes import accuracy_notes, want_of_text
 from eval.evidence import Evidence
 from launch.cli import app
 from launch.limits import render
+from launch.recipe import Recipe
 from recovery.config import ForwardKL
 from recovery.corpus import read_split
 from recovery.limits import Limits, limits_of, put_right
 from recovery.measure import measure
 from tests.pipeline import make_benchmarks, run_in_process, tiny_recipe
 from tests.test_repair import model_at, width_of
+
+
+def written(recipe: Recipe, folder: Path) -> tuple[Path, Recipe]:
+    """The recipe as a file, beside itself."""
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
+    return file, recipe
 
 
 def test_the_remaining_kl_is_split_by_what_would_remove_it(models: dict[str, Path], tmp_path: Path):
@@ -51,8 +61,7 @@ def test_the_remaining_kl_is_split_by_what_would_remove_it(models: dict[str, Pat
     assert "## What limits it" in page
     assert "- 4 of 6 damaged tensors have no adapter (o_proj, v_proj; changed by 0.5" in page
 
-    file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
+    file, _ = written(recipe, tmp_path)
     arguments = [
         "diagnose",
         "--run",
@@ -125,10 +134,36 @@ def test_negative_and_silent_accuracy_is_explained():
     assert "below a KL of about 1" in notes
 
 
+def test_a_model_whose_parameters_all_learned_is_explained(models: dict[str, Path], tmp_path: Path):
+    data = make_benchmarks(tmp_path / "data")
+    train = {"parameters": "all", "epochs": 6, "learning_rate": 1e-3}
+    file, recipe = written(tiny_recipe(models["llama"], data, train=train), tmp_path)
+    done = run_in_process(recipe, tmp_path / "runs")
+    result = CliRunner().invoke(app, ["diagnose", "--run", str(file), "--runs-dir", str(tmp_path / "runs")])
+    assert result.exit_code == 0, result.output
+    kl = json.loads((done["report"] / "summary.json").read_text())["kl"]
+    assert f"held-out KL {kl['degraded']:.4f} -> {kl['recovered']:.4f}" in result.output
+    assert "gone if all parameters were the reference's" in result.output
+    assert not any(word in result.output for word in ("placement", "beyond adapters", "adapter.rank"))
+
+
+def test_a_run_that_delivered_nothing_is_told_why(models: dict[str, Path], tmp_path: Path):
+    """Steps far too large make the model worse from the first measurement on."""
+    train = {"epochs": 1, "learning_rate": 1e3, "warmup_steps": 0, "evaluate_every": 2}
+    file, _ = written(tiny_recipe(models["llama"], make_benchmarks(tmp_path / "data"), train=train), tmp_path)
+    where = [str(file), "--runs-dir", str(tmp_path / "runs")]
+    command = [sys.executable, "-m", "launch.cli", "run", *where]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert ended.returncode == 1, ended.stderr
+    result = CliRunner().invoke(app, ["diagnose", "--run", *where])
+    assert result.exit_code == 0, result.output
+    assert "no recovery: train ended with\n  held-out KL was never below the degraded model's" in result.output
+    assert "lower train.learning_rate" in result.output
+    assert "held-out KL, as it was measured: " in result.output
+
+
 def test_a_run_that_is_not_finished_is_the_users_mistake(models: dict[str, Path], tmp_path: Path):
-    recipe = tiny_recipe(models["llama"], make_benchmarks(tmp_path / "data"))
-    file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
+    file, _ = written(tiny_recipe(models["llama"], make_benchmarks(tmp_path / "data")), tmp_path)
     result = CliRunner().invoke(app, ["diagnose", "--run", str(file), "--runs-dir", str(tmp_path / "runs")])
     assert result.exception is not None
     assert "not finished" in str(result.exception)
