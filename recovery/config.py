@@ -343,7 +343,7 @@ class AdapterJob(Job):
 
 class RepairJob(AdapterJob):
     stage: ClassVar[str] = "repair"
-    schema_version: ClassVar[int] = 2
+    schema_version: ClassVar[int] = 3
 
 
 class TrainJob(AdapterJob):

@@ -108,7 +108,10 @@ class Workshop:
 
     @property
     def used_tokens(self) -> int:
-        return int(self._tokens.lengths[self._rows].sum())
+        """Those that adapters are fitted on, and again those that the curvatures are of."""
+        weighed = 0 if self._curvature is None else self._job.adapter.curvature_tokens
+        rows = [*self._rows, *calibration_rows(self._tokens, weighed)]
+        return int(self._tokens.lengths[rows].sum())
 
     def _texts(self, *, held_out: bool) -> list[Pair]:
         both = self._reference, self.adapted

@@ -18,6 +18,7 @@ import recovery.repair
 import recovery.train
 import recovery.walk
 from recovery.adapters import load_adapter
+from recovery.artifacts import read_manifest
 from recovery.batches import collate
 from recovery.calibration import calibration_rows
 from recovery.closed_form import Factors, Metric
@@ -207,6 +208,17 @@ def test_calibration_texts_are_nested(prepared: tuple[Path, Path, Path]):
     assert few == many[: len(few)]
     assert 100 <= int(tokens.lengths[few].sum()) < 300
     assert len(calibration_rows(tokens, 10**9)) == len(tokens)
+
+
+def test_the_text_behind_the_curvatures_counts_too(prepared: tuple[Path, Path, Path], tmp_path: Path):
+    tokens = read_split(next((prepared[2] / "artifacts").glob("generate-*")), "train")
+    counted = {}
+    for curvature in (0, 300):
+        settings = {**SEQUENTIAL, "calibration_tokens": 200, "curvature_tokens": curvature}
+        manifest = read_manifest(repair_with(prepared, tmp_path / "runs", settings))
+        counted[curvature] = manifest["details"]["calibration_tokens"]
+    assert counted[0] == int(tokens.lengths[calibration_rows(tokens, 200)].sum())
+    assert counted[300] - counted[0] == int(tokens.lengths[calibration_rows(tokens, 300)].sum())
 
 
 def test_a_repair_that_makes_it_worse_is_not_delivered(
