@@ -20,7 +20,7 @@ from recovery.batches import Batch
 from recovery.calibration import batches_of
 from recovery.corpus import Tokens
 from recovery.curvature import sensitivities
-from recovery.layerwise import Stream, begin, layers_of, output_of
+from recovery.layerwise import Stream, begin, layers_of, on_device, output_of
 from recovery.measure import Measurement, measure_streams
 from recovery.models import check_training_path, device, share_equal
 from recovery.progress import progress
@@ -111,13 +111,12 @@ def drift_of(reference: Any, degraded: Any, pairs: Sequence[tuple[Stream, Stream
     where, found = device(), []
     for number, layers in enumerate(zip(layers_of(reference), layers_of(degraded), strict=True)):
         wrong = right = 0.0
-        for pair in pairs:
-            for layer, stream in zip(layers, pair, strict=True):
-                stream.states_1TH = output_of(layer.to(where), number, stream, where).cpu()
-            wrong += float((pair[1].states_1TH - pair[0].states_1TH).double().square().sum())
-            right += float(pair[0].states_1TH.double().square().sum())
-        for layer in layers:
-            layer.to("cpu")
+        with on_device(where, *layers):
+            for pair in pairs:
+                for layer, stream in zip(layers, pair, strict=True):
+                    stream.states_1TH = output_of(layer, number, stream, where).cpu()
+                wrong += float((pair[1].states_1TH - pair[0].states_1TH).double().square().sum())
+                right += float(pair[0].states_1TH.double().square().sum())
         found.append(math.sqrt(wrong / max(right, 1e-30)))
     return found
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from recovery.closed_form import Moments
 from recovery.head import Head
-from recovery.layerwise import Stream, back_through, back_through_end, layers_of, output_of
+from recovery.layerwise import Stream, back_through, back_through_end, layers_of, on_device, output_of
 from recovery.loss import chunks
 from recovery.models import head_of
 
@@ -86,25 +86,23 @@ def sensitivities(
     layers = layers_of(reference)
     before: list[list[Tensor]] = []
     for number, layer in enumerate(layers):
-        layer.to(device)
         before.append([stream.states_1TH for stream in streams])
-        for stream in streams:
-            stream.states_1TH = output_of(layer, number, stream, device).cpu()
-        layer.to("cpu")
+        with on_device(device, layer):
+            for stream in streams:
+                stream.states_1TH = output_of(layer, number, stream, device).cpu()
     head = head_of(reference, width)
     behind = [back_through_end(reference, stream, drawn(stream, head, seed)) for stream in streams]
     for number in reversed(range(len(layers))):
-        layer = layers[number].to(device)
-        modules = modules_of(number)
+        layer, modules = layers[number], modules_of(number)
         found = {name: Sensitivity.zero(module, device, with_inputs=with_inputs) for name, module in modules.items()}
-        for place, (stream, states_1TH) in enumerate(zip(streams, before.pop(), strict=True)):
-            stream.states_1TH = states_1TH
 
-            def take(name: str, inputs_TI: Tensor, gradients_TO: Tensor) -> None:
-                found[name].add(inputs_TI, gradients_TO)  # noqa: B023 - called before the loop goes on
+        def take(name: str, inputs_TI: Tensor, gradients_TO: Tensor) -> None:
+            found[name].add(inputs_TI, gradients_TO)  # noqa: B023 - called before the loop goes on
 
-            behind[place] = back_through(layer, modules, number, stream, behind[place], device, take).cpu()
-        layer.to("cpu")
+        with on_device(device, layer):
+            for place, (stream, states_1TH) in enumerate(zip(streams, before.pop(), strict=True)):
+                stream.states_1TH = states_1TH
+                behind[place] = back_through(layer, modules, number, stream, behind[place], device, take).cpu()
         if ranks > 1:
             for sensitivity in found.values():
                 sensitivity.all_reduce()

@@ -35,6 +35,32 @@ def layers_of(model: Any) -> nn.ModuleList:
 
 
 @contextlib.contextmanager
+def on_device(where: torch.device, *layers: nn.Module) -> Iterator[None]:
+    """These layers on the device for a while; they lie on the host before and afterwards.
+
+    What does not learn goes back to the very memory it came from: weights that were read as they are stored are pages
+    of their file there, which all processes of a host have in common, and a copy would be this process's own.
+    """
+    owners = [module for layer in layers for module in layer.modules()]
+    parameters = [
+        (owner, name, one, one.data) for owner in owners for name, one in owner.named_parameters(recurse=False)
+    ]
+    buffers = [(owner, name, one) for owner in owners for name, one in owner.named_buffers(recurse=False)]
+    for layer in layers:
+        layer.to(where)
+    try:
+        yield
+    finally:
+        for owner, name, parameter, on_host in parameters:
+            if parameter.requires_grad:
+                on_host.copy_(getattr(owner, name).data)
+            parameter.data = on_host
+            setattr(owner, name, parameter)
+        for owner, name, buffer in buffers:
+            setattr(owner, name, buffer)
+
+
+@contextlib.contextmanager
 def _stubs(model: Any, answer: Callable[[int, Tensor, Arguments], Tensor]) -> Iterator[None]:
     """Layers that compute nothing: `answer` gives the output of each."""
     layers = list(layers_of(model))

@@ -5,6 +5,7 @@ One layer of each model is on the device at a time; ranks share the texts.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from recovery.config import Adapter
 from recovery.corpus import Tokens
 from recovery.experts import ExpertLayer, is_expert, solve_experts, together
 from recovery.files import write_atomic
-from recovery.layerwise import Stream, arguments_of, begin, groups_of, input_of, layers_of, output_of
+from recovery.layerwise import Stream, arguments_of, begin, groups_of, input_of, layers_of, on_device, output_of
 from recovery.measure import Measurement, measure_streams
 from recovery.models import device
 from recovery.progress import progress
@@ -187,9 +188,9 @@ class Repair:
             ):
                 stream.states_1TH = output_of(layers[number], number, stream, self._device).cpu()
 
-    def place(self, number: int, where: torch.device) -> None:
-        self.reference_layers[number].to(where)
-        self.student_layers[number].to(where)
+    def here(self, number: int) -> contextlib.AbstractContextManager[None]:
+        """This layer of both models on the device."""
+        return on_device(self._device, self.reference_layers[number], self.student_layers[number])
 
 
 def pairs_of(
@@ -208,9 +209,8 @@ def measured(reference: Any, adapted: Any, pairs: Sequence[Pair], width: int) ->
 def untouched(repair: Repair, pairs: Sequence[Pair]) -> None:
     """Carry held-out texts through all layers while B is still zero: the degraded model's own result."""
     for number in range(len(repair.student_layers)):
-        repair.place(number, device())
-        repair.advance(number, pairs)
-        repair.place(number, torch.device("cpu"))
+        with repair.here(number):
+            repair.advance(number, pairs)
 
 
 def walk(repair: Repair, folder: Path, tick: Callable[[], None], *, leader: bool) -> dict[str, float]:
@@ -220,20 +220,19 @@ def walk(repair: Repair, folder: Path, tick: Callable[[], None], *, leader: bool
     bar = progress(count, "layer", "repair") if leader else None
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        repair.place(number, device())
         path = layer_file(folder, number)
-        if path.exists():
-            repair.apply(number, load_file(path))
-            shares = json.loads(path.with_suffix(".json").read_text())
-        else:
-            solved, shares = repair.solve(number)
-            if leader:
-                write_atomic(path.with_suffix(".json"), json.dumps(shares))
-                write_atomic(path, save({key: tensor.contiguous() for key, tensor in solved.items()}))
-                tick()
+        with repair.here(number):
+            if path.exists():
+                repair.apply(number, load_file(path))
+                shares = json.loads(path.with_suffix(".json").read_text())
+            else:
+                solved, shares = repair.solve(number)
+                if leader:
+                    write_atomic(path.with_suffix(".json"), json.dumps(shares))
+                    write_atomic(path, save({key: tensor.contiguous() for key, tensor in solved.items()}))
+                    tick()
+            repair.advance(number)
         kept |= {f"{number}.{name}": share for name, share in shares.items()}
-        repair.advance(number)
-        repair.place(number, torch.device("cpu"))
         if bar is not None:
             bar.update(1)
     if bar is not None:

@@ -25,7 +25,7 @@ from recovery.closed_form import Factors, Metric
 from recovery.config import ModelInput
 from recovery.corpus import read_split
 from recovery.errors import Unavailable, UserError
-from recovery.layerwise import begin, end, layers_of, output_of
+from recovery.layerwise import begin, end, layers_of, on_device, output_of
 from recovery.measure import measure
 from recovery.models import check_training_path, final_hidden, load_model
 from recovery.stage import build
@@ -70,6 +70,20 @@ def test_layer_by_layer_is_the_models_own_forward(
     for number, layer in enumerate(layers_of(model)):
         stream.states_1TH = output_of(layer, number, stream, CPU)
     torch.testing.assert_close(end(model, stream), final_hidden(model, batch), rtol=1e-6, atol=1e-6)
+
+
+def test_frozen_weights_come_back_to_their_own_memory():
+    """meta stands for a device here: nothing could be read back from it."""
+    layer = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)).requires_grad_(False)
+    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in layer.state_dict().items()}
+    with on_device(torch.device("meta"), layer):
+        assert all(tensor.is_meta for tensor in layer.state_dict().values())
+    for name, tensor in layer.state_dict().items():
+        assert (tensor.data_ptr(), True) == (before[name][0], torch.equal(tensor, before[name][1])), name
+    learning = torch.nn.Linear(4, 4)
+    with on_device(CPU, learning), torch.no_grad():
+        learning.weight.fill_(1.0)
+    assert bool((learning.weight == 1.0).all())
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
