@@ -8,12 +8,8 @@ from typing import Any
 from eval.config import ReportJob
 from eval.evidence import Evidence, damage_of
 from recovery.adapters import CONFIG, adapted_modules
-from recovery.config import ForwardKL
 from recovery.files import held_out_lines
 from recovery.watch import advice
-
-PLAIN = ForwardKL().model_dump()
-"""The loss whose values are KLs as the measurements are."""
 
 SMALL = 0.1
 """Share of the remaining KL below which a cause is not worth a remedy."""
@@ -41,10 +37,9 @@ def _choice(evidence: Evidence) -> list[str]:
     return [f"held-out KL was lowest after step {best} of {last}, and that state was delivered: more text would help"]
 
 
-def want_of_text(evidence: Evidence, summary: Mapping[str, Any]) -> list[str]:
+def want_of_text(summary: Mapping[str, Any]) -> list[str]:
     """What more text could still remove: the KL on text learned from against that on held-out text."""
-    learned = learned_kl(evidence)
-    left = summary["kl"]["recovered"]
+    learned, left = summary["kl"]["learned"], summary["kl"]["recovered"]
     if learned is None or left <= 0:
         return []
     share = (left - learned) / left
@@ -52,24 +47,6 @@ def want_of_text(evidence: Evidence, summary: Mapping[str, Any]) -> list[str]:
     if share > SMALL:
         return [f"{found}: {share:.0%} of what is left is for want of other text (generate.samples)"]
     return [f"{found}: nothing was learned by heart, so more steps (text or epochs), rank or places would help"]
-
-
-def learned_kl(evidence: Evidence) -> float | None:
-    """Mean KL over the tokens of the last epoch, nats, each before its step's update.
-
-    None where the loss was not plain KL to the reference, the text not the corpus, that epoch the text's first, or the
-    delivered state an earlier one.
-    """
-    job, details = evidence.adapter["job"], evidence.adapter["details"]
-    training = job.get("train")
-    if training is None or training["epochs"] < 2 or job["labelled"] is not None:
-        return None
-    if training["loss"] != PLAIN or job["teacher"]["kind"] == "sparse_logits":
-        return None
-    first = details["steps"] - round(details["steps"] / training["epochs"])
-    lines = [line for line in evidence.history if first < line["step"] <= details["best_step"]]
-    tokens = sum(line["loss_tokens"] for line in lines)
-    return sum(line["loss"] * line["loss_tokens"] for line in lines) / tokens if tokens else None
 
 
 def _uncovered(job: ReportJob, evidence: Evidence) -> list[str]:

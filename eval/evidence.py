@@ -14,10 +14,13 @@ from eval.benchmarks import averaged, benchmarks_of, weights_of
 from eval.config import ReportJob
 from eval.table import MODELS
 from recovery.artifacts import read_manifest
-from recovery.config import ModelInput
+from recovery.config import ForwardKL, ModelInput
 from recovery.corpus import SUMMARY
 from recovery.files import HELD_OUT, HISTORY, read_json, read_lines
 from recovery.placement import skeleton
+
+PLAIN = ForwardKL().model_dump()
+"""The loss whose values are KLs as the measurements are."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,28 @@ def summarize(job: ReportJob, evidence: Evidence) -> dict[str, Any]:
     }
     for suffix, text in (("", "held_out"), ("_contexts", "contexts")):
         summary |= _divergence(job, evidence, text, suffix)
+    if summary["kl"] is not None:
+        summary["kl"]["learned"] = learned_kl(evidence)
     summary["closed_form"] = _closed_form(job, summary)
     return summary
+
+
+def learned_kl(evidence: Evidence) -> float | None:
+    """Mean KL over the tokens of the last epoch, nats, each before its step's update.
+
+    None where the loss was not plain KL to the reference, the text not the corpus, that epoch the text's first, or the
+    delivered state an earlier one.
+    """
+    job, details = evidence.adapter["job"], evidence.adapter["details"]
+    training = job.get("train")
+    if training is None or training["epochs"] < 2 or job["labelled"] is not None:
+        return None
+    if training["loss"] != PLAIN or job["teacher"]["kind"] == "sparse_logits":
+        return None
+    first = details["steps"] - round(details["steps"] / training["epochs"])
+    lines = [line for line in evidence.history if first < line["step"] <= details["best_step"]]
+    tokens = sum(line["loss_tokens"] for line in lines)
+    return sum(line["loss"] * line["loss_tokens"] for line in lines) / tokens if tokens else None
 
 
 def parameters_of(model: ModelInput) -> int:

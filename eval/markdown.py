@@ -69,7 +69,7 @@ def _limits(job: ReportJob, evidence: Evidence, summary: Mapping[str, Any]) -> s
     """What keeps the recovery from being whole, as far as the run itself has measured it."""
     if summary["kl"] is None or not summary["kl"]["recovered"]:
         return ""
-    found = "\n".join(f"- {one}." for one in (*want_of_text(evidence, summary), *causes(job, evidence, summary)))
+    found = "\n".join(f"- {one}." for one in (*want_of_text(summary), *causes(job, evidence, summary)))
     parts = "rank and training, text, placement, and what no adapter undoes"
     more = f"`recover-lora diagnose --run` splits what is left: {parts}."
     return "\n\n".join(part for part in ("## What limits it", found, more) if part)

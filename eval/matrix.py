@@ -14,6 +14,7 @@ from eval.table import MODELS, kl_share, percent, recovery_text
 
 COLUMNS = (
     "KL",
+    "KL on learned text",
     "KL recovery",
     "top-1",
     "accuracy: reference, degraded, recovered",
@@ -56,6 +57,7 @@ def cells(result: Mapping[str, Any]) -> list[str]:
     kl, accuracy = result["kl"], result["accuracy"]
     return [
         f"{kl['degraded']:.3f} → {kl['recovered']:.3f}",
+        "-" if kl.get("learned") is None else f"{kl['learned']:.3f}",
         kl_share(kl),
         percent(result["top1"]["recovered"]),
         "-" if accuracy is None else ", ".join(percent(accuracy[model]) for model in MODELS),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,15 +10,17 @@ import yaml
 from typer.testing import CliRunner
 
 from eval.causes import accuracy_notes, want_of_text
-from eval.evidence import Evidence
+from eval.evidence import Evidence, learned_kl
 from launch.cli import app
 from launch.limits import render
 from launch.recipe import Recipe
 from recovery.config import ForwardKL
 from recovery.corpus import read_split
+from recovery.errors import Unavailable
 from recovery.limits import Limits, limits_of, put_right
 from recovery.measure import measure
-from tests.pipeline import make_benchmarks, run_in_process, tiny_recipe
+from recovery.stage import LAST_WORDS
+from tests.pipeline import job_of, make_benchmarks, run_in_process, tiny_recipe
 from tests.test_repair import model_at, width_of
 
 
@@ -111,16 +111,18 @@ def evidence_of(best_step: int, **training: object) -> Evidence:
 
 
 def test_the_want_of_text_is_told_from_the_last_epoch():
-    [told] = want_of_text(evidence_of(4), {"kl": {"recovered": 2.5}})
+    assert learned_kl(evidence_of(4)) == pytest.approx(1.25)
+    [told] = want_of_text({"kl": {"recovered": 2.5, "learned": 1.25}})
     assert "1.250 on the text learned from, and is 2.500 on held-out text: 50% of what is left" in told
-    [told] = want_of_text(evidence_of(4), {"kl": {"recovered": 1.3}})
+    [told] = want_of_text({"kl": {"recovered": 1.3, "learned": 1.25}})
     assert "nothing was learned by heart" in told
     for other in (
         evidence_of(2),  # what was delivered had learned from the first epoch alone
         evidence_of(4, epochs=1),
         evidence_of(4, loss={**ForwardKL().model_dump(), "cross_entropy": 0.5}),
     ):
-        assert want_of_text(other, {"kl": {"recovered": 2.5}}) == []
+        assert learned_kl(other) is None
+    assert want_of_text({"kl": {"recovered": 2.5, "learned": None}}) == []
 
 
 def test_negative_and_silent_accuracy_is_explained():
@@ -150,12 +152,13 @@ def test_a_model_whose_parameters_all_learned_is_explained(models: dict[str, Pat
 def test_a_run_that_delivered_nothing_is_told_why(models: dict[str, Path], tmp_path: Path):
     """Steps far too large make the model worse from the first measurement on."""
     train = {"epochs": 1, "learning_rate": 1e3, "warmup_steps": 0, "evaluate_every": 2}
-    file, _ = written(tiny_recipe(models["llama"], make_benchmarks(tmp_path / "data"), train=train), tmp_path)
-    where = [str(file), "--runs-dir", str(tmp_path / "runs")]
-    command = [sys.executable, "-m", "launch.cli", "run", *where]
-    ended = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert ended.returncode == 1, ended.stderr
-    result = CliRunner().invoke(app, ["diagnose", "--run", *where])
+    file, recipe = written(tiny_recipe(models["llama"], make_benchmarks(tmp_path / "data"), train=train), tmp_path)
+    with pytest.raises(Unavailable) as ended:
+        run_in_process(recipe, tmp_path / "runs", until="train")
+    log = job_of(recipe, tmp_path / "runs", "train").runtime.log
+    log.parent.mkdir(parents=True)
+    log.write_text(f"2026-11-28 DEBUG {LAST_WORDS}{ended.value}\n")  # as run_stage has it in its log
+    result = CliRunner().invoke(app, ["diagnose", "--run", str(file), "--runs-dir", str(tmp_path / "runs")])
     assert result.exit_code == 0, result.output
     assert "no recovery: train ended with\n  held-out KL was never below the degraded model's" in result.output
     assert "lower train.learning_rate" in result.output
