@@ -12,7 +12,7 @@ from eval.config import DeliverJob, EvaluateJob
 from eval.gguf import CONVERTER
 from launch.cluster import Cluster, LocalServers
 from launch.execution import Plan
-from launch.pipeline import is_finished, link, missing_inputs, run_stage_process
+from launch.pipeline import DELIVERY, is_finished, link, missing_inputs, run_stage_process
 from launch.recipe import Recipe
 from launch.servers import ServerPool, Serving
 from launch.share import PORTS
@@ -74,7 +74,7 @@ def deliver_stage(plan: Plan, forms: Forms) -> Stage:
     )
     runtime = job.runtime.model_copy(update={"llama_cpp": forms.llama_cpp.resolve()})
     job = job.model_copy(update={"runtime": runtime})
-    stage = Stage("deliver", "deliver", "eval.deliver", job, ("delivery",))
+    stage = Stage("deliver", "deliver", "eval.deliver", job, (DELIVERY,))
     if absent := missing_inputs(stage, plan.stages):
         raise UserError("deliver", f"needs {', '.join(absent)}, not finished", "`recover-lora run` the recipe first")
     return stage
@@ -147,7 +147,7 @@ def deliver(recipe: Recipe, cluster: Cluster, runs_dir: Path, forms: Forms, push
             return code
     link(stage, plan.run_folder)
     memory.save()
-    folder = plan.run_folder / "delivery"
+    folder = plan.run_folder / DELIVERY
     print(f"adapter  {folder}\ncard     {folder / 'README.md'}")
     for name, made in (("merged", forms.merged), ("gguf", forms.gguf)):
         if made:

@@ -19,6 +19,8 @@ from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER,
 from recovery.files import HashMemory, write_atomic
 from recovery.stage import check_reusable, exit_file_of
 
+DELIVERY = "delivery"
+"""The link in a run's folder to what `recover-lora deliver` made of it."""
 STOP_S = 120.0
 """For all ranks to save."""
 
@@ -134,6 +136,10 @@ def unlink_former(stages: list[Stage], run_folder: Path) -> None:
         for path, target in _links(stage, run_folder):
             if path.is_symlink() and str(path.readlink()) != target:
                 path.unlink()
+    # What was handed on belongs to the adapter and the report of its time.
+    delivery = run_folder / DELIVERY
+    if delivery.is_symlink() and not all((run_folder / name).is_symlink() for name in ("adapter", "report")):
+        delivery.unlink()
 
 
 def _links(stage: Stage, run_folder: Path) -> Iterator[tuple[Path, str]]:

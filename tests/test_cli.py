@@ -173,10 +173,12 @@ def test_a_changed_recipe_leaves_no_link_to_what_the_former_one_made(
     assert invoke(monkeypatch, "degrade", str(recipe), "--runs-dir", str(runs)) == 0
     made = (runs / "tiny" / "degraded").resolve()
     assert made.is_dir()
+    (runs / "tiny" / "delivery").symlink_to("../artifacts/deliver-of-a-former-recipe")
     changes = ["--set", "degrade.relative_std=0.25", "--set", "generate.samples=4"]
     assert invoke(monkeypatch, "generate", str(recipe), "--runs-dir", str(runs), *changes) == 0
     assert (runs / "tiny" / "corpus").is_dir()
     assert not (runs / "tiny" / "degraded").is_symlink()
+    assert not (runs / "tiny" / "delivery").is_symlink()
     assert made.is_dir()
 
 
