@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +18,7 @@ from recovery.sources import is_gguf
 from recovery.weights import checkpoints
 
 if TYPE_CHECKING:
-    from recovery.allocation import Spectrum
-    from recovery.costs import Costs
+    from recovery.costs import Costs, Places, Weighed
 
 CLOSINGS = {
     "nothing": "The weights are the same: a difference must come from the code, the tokenizer or the configuration.",
@@ -57,7 +57,7 @@ def diagnose(reference: Path, degraded: Path, folder: Path | None, text_tokens: 
     if not text_tokens or advice.action in ("nothing", "export"):
         return text
     try:
-        costs, _ = weigh_on_text(reference, degraded, text_tokens)
+        costs = weigh_on_text(reference, degraded, text_tokens).costs
     except (UserError, OSError, ValueError) as error:
         return f"{text}\n\nnot weighed on text: {error}"
     text = render(findings, count, advice, costs)
@@ -67,8 +67,8 @@ def diagnose(reference: Path, degraded: Path, folder: Path | None, text_tokens: 
 
 
 def weigh_on_text(
-    reference: Path, degraded: Path, text_tokens: int, checked: int = 3
-) -> tuple[Costs, dict[str, Spectrum]]:
+    reference: Path, degraded: Path, text_tokens: int, checked: int = 3, places: Collection[Places] = ()
+) -> Weighed:
     """recovery.costs.weigh on text that the reference writes itself."""
     import torch
 
@@ -87,7 +87,7 @@ def weigh_on_text(
     tokens = sample_tokens(right, vocabulary, settings, seed=0)
     wrong = load_model(ModelInput(path=str(degraded), digest=""), dtype, placed=False)
     width = used_width(load_vocabulary(str(reference)), load_vocabulary(str(degraded)))
-    return weigh(right.to("cpu"), wrong, tokens, width, seed=0, checked=checked)
+    return weigh(right.to("cpu"), wrong, tokens, width, seed=0, checked=checked, places=places)
 
 
 def write_down(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eval.markdown import again
 from eval.matrix import markdown, plot_recoveries, result_of
@@ -17,6 +17,9 @@ from launch.study import Point, Study, state_of
 from recovery.artifacts import CLUSTER
 from recovery.errors import UserError, first_line
 from recovery.files import read_json, read_notes, write_atomic, write_json
+
+if TYPE_CHECKING:
+    from recovery.costs import Places
 
 log = logging.getLogger("recover-lora")
 FORECASTS, LAWS = "forecasts.json", "laws.json"
@@ -108,14 +111,25 @@ def degraded_of(plan: Plan) -> Path:
     return Path(given.path) if given is not None else plan.stages[0].job.runtime.output
 
 
+def places_of(plans: Sequence[Plan], bare: Any) -> dict[str, Places]:
+    """The modules that get adapters in each of these plans, by its `forecast_key`. bare: their degraded model."""
+    from recovery.placement import check_adapter
+
+    places: dict[str, Places] = {}
+    for plan in plans:
+        try:
+            places[forecast_key(plan)] = frozenset(check_adapter(bare, plan.recipe.adapter))
+        except UserError as error:
+            log.warning("no forecast for %s: %s", plan.recipe.name, error)
+    return places
+
+
 def make_forecasts(plans: Sequence[Plan], folder: Path) -> None:
     """Forecast the KL recovery of the points whose damage is there, as `diagnose` does, once for each damage. What
     cannot be forecast is warned of and left out."""
     from launch.diagnose import weigh_on_text
-    from recovery.config import ModelInput
     from recovery.costs import predict
-    from recovery.models import load_model
-    from recovery.placement import check_adapter
+    from recovery.placement import skeleton
 
     known = read_notes(folder / FORECASTS)
     wanted: dict[tuple[str, str], list[Plan]] = {}
@@ -125,22 +139,21 @@ def make_forecasts(plans: Sequence[Plan], folder: Path) -> None:
     for group in wanted.values():
         degraded = degraded_of(group[0])
         log.info("forecast for %s", degraded)
+        reference = Path(group[0].names.reference.path)
         try:
-            costs, spectra = weigh_on_text(Path(group[0].names.reference.path), degraded, FORECAST_TOKENS, checked=0)
-            model = load_model(ModelInput(path=str(degraded), digest=""), None, placed=False)
+            places = places_of(group, skeleton(str(degraded), None))
+            weighed = weigh_on_text(reference, degraded, FORECAST_TOKENS, checked=0, places=set(places.values()))
         except (UserError, OSError, ValueError) as error:
             log.warning("no forecast for %s: %s", degraded, first_line(error))
             continue
-        if not costs.degraded.kl > 0:
+        kl = weighed.costs.degraded.kl
+        if not kl > 0:
             log.warning("no forecast for %s: it does as its reference does", degraded)
             continue
         for plan in group:
-            try:
-                ranks = dict.fromkeys(check_adapter(model, plan.recipe.adapter), plan.recipe.adapter.rank)
-            except UserError as error:
-                log.warning("no forecast for %s: %s", plan.recipe.name, error)
-                continue
-            left = predict(spectra, ranks, costs.degraded.kl, costs.floor)
-            known[forecast_key(plan)] = 1 - left / costs.degraded.kl
+            if place := places.get(forecast_key(plan)):
+                ranks = dict.fromkeys(place, plan.recipe.adapter.rank)
+                left = predict(weighed.spectra, ranks, kl, weighed.floors.get(place, kl))
+                known[forecast_key(plan)] = 1 - left / kl
         with alone(folder):
             write_json(folder / FORECASTS, {**read_notes(folder / FORECASTS), **known})

@@ -9,7 +9,7 @@ wrong; KL = s (1 - exp(-Q / s)), with the one s that fits the measured KL, turns
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ from recovery.models import check_training_path, device, share_equal
 from recovery.progress import progress
 from recovery.survey import differing, names_by_layer, spectrum_of
 
+Places = frozenset[str]
+"""Full names of modules with adapters."""
 DAMPING = 1e-4
 """Of both metrics: next to nothing, as the estimates are to be those of the damage itself."""
 
@@ -65,6 +67,16 @@ class Costs:
     forecasts: tuple[Forecast, ...]
 
 
+@dataclass(frozen=True)
+class Weighed:
+    """costs, and what forecasts for other adapters are made from."""
+
+    costs: Costs
+    spectra: dict[str, Spectrum]
+    floors: dict[Places, float]
+    """KL with just these modules put right"""
+
+
 def saturation(total: float, kl: float) -> float:
     """The s at which s (1 - exp(-total / s)) is the measured kl; infinite where the estimate is not above it."""
     if total <= kl or kl <= 0:
@@ -87,9 +99,10 @@ def saturated(estimate: float, total: float, kl: float) -> float:
 
 
 def predict(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int], kl: float, floor: float) -> float:
-    """The KL that a closed form of these ranks leaves, by module; modules that are not named keep their damage."""
-    total = sum(float(found.gains_K.sum()) for found in spectra.values())
-    left = sum(float(found.gains_K[ranks.get(name, 0) :].sum()) for name, found in spectra.items())
+    """The KL that a closed form of these ranks leaves, by module. floor: the KL with just these modules put right."""
+    adapted = {name: rank for name, rank in ranks.items() if name in spectra}
+    total = sum(float(spectra[name].gains_K.sum()) for name in adapted)
+    left = sum(float(spectra[name].gains_K[rank:].sum()) for name, rank in adapted.items())
     return floor + saturated(left, total, kl - floor)
 
 
@@ -122,10 +135,16 @@ def drift_of(reference: Any, degraded: Any, pairs: Sequence[tuple[Stream, Stream
 
 
 def weigh(
-    reference: Any, degraded: Any, tokens: Tokens, width: int, seed: int, checked: int = 3
-) -> tuple[Costs, dict[str, Spectrum]]:
-    """Everything above for these two models, which lie on the CPU, and what the forecasts were made from. checked:
-    matrices that are put right for real."""
+    reference: Any,
+    degraded: Any,
+    tokens: Tokens,
+    width: int,
+    seed: int,
+    checked: int = 3,
+    places: Collection[Places] = (),
+) -> Weighed:
+    """Everything above for these two models, which lie on the CPU. checked: matrices that are put right for real.
+    places: where else than on all damaged matrices adapters are to be forecast."""
     share_equal(degraded, reference)
     for model, name in ((reference, "REFERENCE"), (degraded, "DEGRADED")):
         check_training_path(model, width, name)
@@ -151,14 +170,18 @@ def weigh(
     spectra = spectra_of(reference, degraded, batches, width, seed)
     nats = {name: float(found.gains_K.sum()) for name, found in spectra.items()}
     if not nats:
-        return Costs(before.tokens, before, tuple(drift), before.kl, {}, (), ()), {}
+        return Weighed(Costs(before.tokens, before, tuple(drift), before.kl, {}, (), ()), {}, {})
     total, floor = sum(nats.values()), min(with_right(list(nats)), before.kl)
     restored = []
     for name in sorted(nats, key=nats.__getitem__, reverse=True)[:checked]:
         predicted = before.kl - floor - saturated(total - nats[name], total, before.kl - floor)
         restored.append(Restored(name, predicted, before.kl - with_right([name])))
     forecasts = forecast(spectra, before.kl, floor)
-    return Costs(before.tokens, before, tuple(drift), floor, nats, tuple(restored), forecasts), spectra
+    floors = {
+        place: floor if place >= set(nats) else min(with_right([name for name in nats if name in place]), before.kl)
+        for place in places
+    }
+    return Weighed(Costs(before.tokens, before, tuple(drift), floor, nats, tuple(restored), forecasts), spectra, floors)
 
 
 def spectra_of(reference: Any, degraded: Any, batches: Sequence[Batch], width: int, seed: int) -> dict[str, Spectrum]:

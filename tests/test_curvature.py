@@ -17,10 +17,11 @@ from recovery.allocation import Spectrum, allocate, spectrum
 from recovery.batches import Batch, collate
 from recovery.closed_form import Metric, Moments, OutputMetric
 from recovery.corpus import Split, Tokens, read_split
-from recovery.costs import saturated, weigh
+from recovery.costs import predict, saturated, weigh
 from recovery.curvature import Sensitivity, drawn, sensitivities
 from recovery.errors import UserError
 from recovery.layerwise import begin, layers_of
+from recovery.limits import put_right
 from recovery.measure import measure
 from recovery.models import check_training_path, final_hidden, head_of
 from recovery.stage import build
@@ -109,7 +110,7 @@ def test_costs_of_a_checkpoint_and_forecasts_that_come_true(prepared: Prepared, 
     degraded = next((prepared[2] / "artifacts").glob("degrade-*"))
     models = model_at(prepared[0]), model_at(degraded)
     tokens = text_of(prepared)
-    costs, _ = weigh(*models, tokens, width_of(prepared[0]), seed=0)
+    costs = weigh(*models, tokens, width_of(prepared[0]), seed=0).costs
     expected = measure(model_at(degraded), model_at(prepared[0]), tokens, width_of(prepared[0]), 512, "")
     assert costs.degraded.kl == pytest.approx(expected.kl, rel=1e-4)
     assert len(costs.drift) == 2
@@ -197,10 +198,32 @@ def test_forecasts_do_not_promise_what_adapters_cannot_reach(prepared: Prepared)
         for name in ("k_proj", "v_proj"):
             weight = degraded.model.layers[0].self_attn.get_submodule(name).weight
             weight += 0.05 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-    costs, _ = weigh(reference, degraded, text_of(prepared), width_of(prepared[0]), seed=0)
+    costs = weigh(reference, degraded, text_of(prepared), width_of(prepared[0]), seed=0).costs
     assert costs.floor > 0.8 * costs.degraded.kl
     assert all(one.kl >= costs.floor for one in costs.forecasts)
     assert max(one.recovery for one in costs.forecasts) < 0.2
+
+
+def test_a_forecast_takes_the_damage_that_is_left_alone_as_measured(prepared: Prepared):
+    """K is damaged a lot, the second layer's MLP too; adapters of full rank on K leave what the MLP costs."""
+    reference, degraded = model_at(prepared[0]), model_at(prepared[0])
+    generator = torch.Generator().manual_seed(0)
+    keys = [f"model.layers.{number}.self_attn.k_proj" for number in (0, 1)]
+    with torch.no_grad():
+        for name in (*keys, "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"):
+            weight = degraded.get_submodule(name).weight
+            weight += 0.5 * weight.std() * torch.randn(weight.shape, generator=generator)
+    place, width = frozenset(keys), width_of(prepared[0])
+    weighed = weigh(reference, degraded, text_of(prepared), width, seed=0, checked=0, places=[place])
+    put_right(degraded, reference, keys)
+    expected = measure(degraded, reference, text_of(prepared), width, 512, "").kl
+    kl = weighed.costs.degraded.kl
+    assert 0 < expected < kl
+    assert weighed.floors[place] == pytest.approx(expected, rel=1e-4)
+    assert predict(weighed.spectra, dict.fromkeys(keys, 64), kl, weighed.floors[place]) == pytest.approx(
+        expected, rel=1e-4
+    )
+    assert predict(weighed.spectra, dict.fromkeys(keys, 0), kl, weighed.floors[place]) == pytest.approx(kl, rel=1e-4)
 
 
 def test_a_budget_too_small_for_a_single_rank_is_the_users_mistake(prepared: Prepared, tmp_path: Path):
