@@ -133,7 +133,7 @@ def train(
 
 @app.command(
     help="Say what is damaged in a checkpoint, where and how badly, and what to do about it; or with --run, what "
-    "limits a finished recovery.\n\n"
+    "limits a recovery, or what ended it.\n\n"
     "Examples:\n\n"
     "recover-lora diagnose assets/smollm2-135m-instruct runs/smollm2-135m-demo/degraded --output diagnosis\n\n"
     "recover-lora diagnose --run launch/recipes/smollm2-135m/demo.yaml"
@@ -142,7 +142,7 @@ def diagnose(
     reference: Annotated[Path | None, typer.Argument(metavar="REFERENCE", help="Folder of the full model.")] = None,
     degraded: Annotated[Path | None, typer.Argument(metavar="DEGRADED", help="Folder of the damaged one.")] = None,
     run: Annotated[
-        Path | None, typer.Option("--run", metavar="RECIPE", help="Explain this recipe's finished recovery instead.")
+        Path | None, typer.Option("--run", metavar="RECIPE", help="Explain what came of this recipe instead.")
     ] = None,
     overrides: Overrides = [],  # noqa: B006 - typer reads it
     runs_dir: RunsDir = Path("runs"),

@@ -90,6 +90,7 @@ class Plan:
         """
         # A point whose study was killed just before its end still has to tell MLflow of it.
         if not self.todo(memory) and parent is None:
+            unlink_former(self.stages, self.run_folder)
             return self._run_stages(self.wanted, memory, max_restarts, in_turn)
         check_models(self.recipe, self.names)
         from launch.tracking import tracked

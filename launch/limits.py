@@ -1,8 +1,8 @@
-"""`recover-lora diagnose --run RECIPE`: what limits a finished recovery."""
+"""`recover-lora diagnose --run RECIPE`: what limits a finished recovery, or what ended one that is not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from eval.causes import SMALL, causes
 from eval.config import ReportJob
 from eval.evidence import gather
 from launch.cluster import Cluster
+from launch.pipeline import job_file_of
 from launch.recipe import Recipe
 from launch.resolve import check_models, resolve_names
 from launch.stages import build_stages
@@ -33,7 +34,7 @@ def explain(recipe: Recipe, cluster: Cluster, runs_dir: Path, folder: Path | Non
     report = jobs["report"]
     assert isinstance(report, ReportJob)
     if not report.runtime.output.exists():
-        if told := failure(jobs.values()):
+        if told := failure(jobs, runs_dir / recipe.name):
             return "\n".join(told)
         raise UserError(recipe.name, "not finished", f"run it first; there is no {report.runtime.output}")
     maker: Any = jobs.get("train", jobs.get("repair"))
@@ -53,18 +54,21 @@ def explain(recipe: Recipe, cluster: Cluster, runs_dir: Path, folder: Path | Non
     return "\n".join([*render(found, whole=whole), *(f"  - {one}" for one in told)])
 
 
-def failure(jobs: Iterable[Job]) -> list[str]:
+def failure(jobs: Mapping[str, Job], run_folder: Path) -> list[str]:
     """What ended the first stage that is not finished, in its own words, and what it had measured until then.
 
-    Nothing where no stage has ended badly, or where one is at work.
+    jobs: by label. Nothing where that stage was not begun as it is now, was interrupted, or is at work.
     """
-    job = next((job for job in jobs if not job.runtime.output.exists()), None)
-    if job is None or job.runtime.log is None or not job.runtime.log.exists() or is_being_built(job.runtime.output):
+    label, job = next((label, job) for label, job in jobs.items() if not job.runtime.output.exists())
+    log, begun = job.runtime.log, job_file_of(label, run_folder)
+    if log is None or not (log.exists() and begun.exists()) or is_being_built(job.runtime.output):
         return []
-    words = last_words(job.runtime.log.read_text(errors="replace"))
-    if words is None:
+    if read_json(begun)["job"]["runtime"]["output"] != str(job.runtime.output):
         return []
-    lines = [f"no recovery: {job.stage} ended with", f"  {words}"]
+    words = last_words(log.read_text(errors="replace"))
+    if words is None or words == KeyboardInterrupt.__name__:
+        return []
+    lines = [f"not finished: {label} ended with", f"  {words}"]
     if kls := [line["kl"] for line in held_out_lines(folder_of(job))]:
         lines.append(f"held-out KL, as it was measured: {', '.join(f'{kl:.4f}' for kl in kls)}")
         lines += [f"  - {hint}" for hint in (advice(kls),) if hint]

@@ -25,8 +25,9 @@ STOP_S = 120.0
 """For all ranks to save."""
 
 
-def job_file_of(stage: Stage, run_folder: Path) -> Path:
-    return run_folder / "jobs" / f"{stage.label}.json"
+def job_file_of(label: str, run_folder: Path) -> Path:
+    """Where the job of a stage lies, by its label, as it was last started."""
+    return run_folder / "jobs" / f"{label}.json"
 
 
 def missing_inputs(stage: Stage, all_stages: list[Stage]) -> list[str]:
@@ -42,7 +43,7 @@ def missing_inputs(stage: Stage, all_stages: list[Stage]) -> list[str]:
 def run_stage_process(stage: Stage, run_folder: Path, cluster: Cluster, arguments: Sequence[str] = ()) -> int:
     """Write the job file, run the stage, return its exit code, one of the project's. An interrupt is passed on and
     waited for; a stage that was killed cannot say so, and is told of here."""
-    job_file = job_file_of(stage, run_folder)
+    job_file = job_file_of(stage.label, run_folder)
     job_file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(job_file, stage.job.to_json())
     if stage.distributed and cluster.slurm is not None and "SLURMD_NODENAME" not in os.environ:
@@ -153,7 +154,7 @@ def dry_run(stages: list[Stage], run_folder: Path, cluster: Cluster) -> str:
     """Every command and job, as they would be run and written."""
     parts = []
     for stage in stages:
-        job_file = job_file_of(stage, run_folder)
+        job_file = job_file_of(stage.label, run_folder)
         state = "finished" if stage.job.runtime.output.exists() else "to do"
         start = start_of(stage, job_file, cluster)
         variables = [f"{name}={shlex.quote(value)}" for name, value in start.environment.items() if start.elsewhere]

@@ -238,6 +238,6 @@ def point_commands(plans: Mapping[str, Plan]) -> str:
         parts.append(f"# {name}")
         for stage in plan.stages:
             state = "finished" if stage.job.runtime.output.exists() else "to do"
-            command = shlex.join(start_of(stage, job_file_of(stage, plan.run_folder), plan.cluster).command)
+            command = shlex.join(start_of(stage, job_file_of(stage.label, plan.run_folder), plan.cluster).command)
             parts.append(f"{stage.label:<20} {state:<9} {stage.job.artifact_name}  $ {command}")
     return "\n".join(parts)

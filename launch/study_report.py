@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("recover-lora")
 FORECASTS, LAWS = "forecasts.json", "laws.json"
 FORECAST_TOKENS = 4096
+FORECAST_VERSION = 2
+"""Of the way in which forecasts are made; others are made anew."""
 CLOSE = 0.15
 """Of a forecast: the largest difference of predicted and realised KL recovery that is called right."""
 
@@ -96,7 +98,7 @@ def forecast_key(plan: Plan) -> str:
     """Of the models' contents, not of their places."""
     adapter = plan.recipe.adapter
     place = adapter.placement if isinstance(adapter.placement, str) else ",".join(adapter.placement)
-    return f"{' '.join(models_of(plan))} {place} {adapter.rank}"
+    return f"{' '.join(models_of(plan))} {place} {adapter.rank} v{FORECAST_VERSION}"
 
 
 def models_of(plan: Plan) -> tuple[str, str]:

@@ -19,9 +19,12 @@ from torch import Tensor
 
 from recovery.errors import UserError
 from recovery.progress import progress
-from recovery.sources import weight_files
+from recovery.sources import layout_of, weight_files
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
+WORD_OF_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+"""By bits: a word whose codes are all 1. Makers of GPTQ's first layout take it from whole words of zero points, so that
+a zero point of 0 borrows from the next."""
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in a word of AWQ's each of eight neighbouring outputs lies."""
 
@@ -39,21 +42,29 @@ def codes_of(words_WN: Tensor, bits: int) -> Tensor:
 
 
 def gptq_weight(
-    qweight_WO: Tensor, qzeros_GW: Tensor, scales_GO: Tensor, groups_I: Tensor, *, from_one: bool
+    qweight_WO: Tensor,
+    qzeros_GW: Tensor,
+    scales_GO: Tensor,
+    groups_I: Tensor,
+    *,
+    less_one: bool = False,
+    symmetric: bool = False,
 ) -> Tensor:
     """float32 (O, I), bit for bit the product above. Codes are packed along the inputs, zero points along the outputs.
 
-    groups_I: the group of each input; in any order, where columns were quantized by importance. from_one: zero points
-    are stored less one (the first version of the format).
+    groups_I: the group of each input; in any order, where columns were quantized by importance. less_one: zero points
+    are stored less one (the first layout of the format). symmetric: all are in the middle, as kernels take it; what is
+    stored is not read, as makers have differed about it at 3 bits.
     """
-    inputs, outputs = len(groups_I), scales_GO.shape[1]
-    bits = 32 * len(qweight_WO) // inputs
-    codes_IO = codes_of(qweight_WO, bits)
-    zeros_GO = codes_of(qzeros_GW.T, bits).T[:, :outputs]
-    if from_one:
-        zeros_GO = (zeros_GO + 1) & (2**bits - 1)
+    bits, outputs = 32 * len(qweight_WO) // len(groups_I), scales_GO.shape[1]
+    if symmetric:
+        zeros_GO = torch.full(scales_GO.shape, 2 ** (bits - 1), dtype=torch.int32)
+    elif less_one and bits in WORD_OF_ONES:
+        zeros_GO = codes_of((qzeros_GW + WORD_OF_ONES[bits]).T, bits).T[:, :outputs]
+    else:
+        zeros_GO = (codes_of(qzeros_GW.T, bits).T[:, :outputs] + int(less_one)) & (2**bits - 1)
     groups_I = groups_I.long()
-    return (scales_GO.float()[groups_I] * (codes_IO - zeros_GO[groups_I])).T.contiguous()
+    return (scales_GO.float()[groups_I] * (codes_of(qweight_WO, bits) - zeros_GO[groups_I])).T.contiguous()
 
 
 def awq_weight(qweight_IW: Tensor, qzeros_GW: Tensor, scales_GO: Tensor) -> Tensor:
@@ -94,21 +105,27 @@ def plain_weights(
             try:
                 weight = _weight_of(found, packing)
             except (KeyError, RuntimeError, IndexError, ZeroDivisionError) as error:
-                shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in found.items())
+                shapes = ", ".join(f"{part} {tuple(tensor.shape)} {tensor.dtype}" for part, tensor in found.items())
                 found_here = f"{module} cannot be unpacked: it has {shapes}"
                 raise UserError(path, found_here, "copy or quantize the model again") from error
             weights[f"{module}.weight"] = weight.to(found["scales"].dtype if dtype is None else dtype)
             bar.update()
         bar.close()
-        weights |= {name: file.get_tensor(name) for name, file in holders.items() if name not in parts}
+        left = [name for name in holders if name not in parts]
+        if odd := next((name for name in left if name.endswith((".qzeros", ".scales", ".g_idx"))), None):
+            raise UserError(path, f"{odd} belongs to no packed matrix", "give its weights dequantized")
+        weights |= {name: holders[name].get_tensor(name) for name in left}
     return weights
 
 
 def _weight_of(parts: Mapping[str, Tensor], packing: Mapping[str, Any]) -> Tensor:
     codes, zeros, scales = (parts[name] for name in PARTS[:3])
+    if codes.dtype != torch.int32 or zeros.dtype != torch.int32:
+        raise RuntimeError("words of another width")
     if packing["quant_method"] == "awq":
         return awq_weight(codes, zeros, scales)
     inputs = 32 * len(codes) // int(packing["bits"])
     size = int(packing.get("group_size", -1))
     groups_I = parts.get("g_idx", torch.arange(inputs) // (size if size > 0 else inputs))
-    return gptq_weight(codes, zeros, scales, groups_I, from_one=packing.get("checkpoint_format") != "gptq_v2")
+    less_one, symmetric = layout_of(packing) == "gptq", packing.get("sym") is True
+    return gptq_weight(codes, zeros, scales, groups_I, less_one=less_one, symmetric=symmetric)

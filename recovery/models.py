@@ -78,7 +78,7 @@ def load_model(given: ModelInput, dtype: Dtype | None, *, placed: bool = True) -
     them fits it. dtype: compute type of the weights; None keeps the checkpoint's own. placed: move to this process's
     device.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     quiet_libraries()
     try:
@@ -88,8 +88,7 @@ def load_model(given: ModelInput, dtype: Dtype | None, *, placed: bool = True) -
         wanted = None if dtype is None else TORCH_DTYPES[dtype]
         maker: Any = AutoModelForCausalLM
         if packing.get("quant_method") in INTEGERS:
-            del config.quantization_config
-            maker = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class wants a place
+            maker, config = class_of(config, given.path)
             weights = plain_weights(given.path, given.revision, packing, wanted)
             place, packing, arguments = None, {}, {"config": config, "state_dict": weights}
         loaded: Any = maker.from_pretrained(
@@ -121,6 +120,20 @@ def load_model(given: ModelInput, dtype: Dtype | None, *, placed: bool = True) -
     model = model.to(device()) if placed else model
     return_memory()
     return model
+
+
+def class_of(config: Any, path: str) -> tuple[Any, Any]:
+    """The class that AutoModelForCausalLM would choose, which wants a place where this one does not, and its config, of
+    plain weights."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(path, f"a {config.model_type}, no causal language model of transformers", "give one")
+    maker: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if maker.config_class is config.sub_configs.get("text_config"):  # of a model that sees, too
+        config = config.get_text_config()
+    config.__dict__.pop("quantization_config", None)
+    return maker, config
 
 
 def unpacked(model: Any, path: str) -> Any:

@@ -109,8 +109,8 @@ class Workshop:
     @property
     def used_tokens(self) -> int:
         """Those that adapters are fitted on, and again those that the curvatures are of."""
-        weighed = 0 if self._curvature is None else self._job.adapter.curvature_tokens
-        rows = [*self._rows, *calibration_rows(self._tokens, weighed)]
+        weighed = self._curvature is not None and any(self._curvature.glob("*.safetensors"))
+        rows = [*self._rows, *calibration_rows(self._tokens, self._job.adapter.curvature_tokens if weighed else 0)]
         return int(self._tokens.lengths[rows].sum())
 
     def _texts(self, *, held_out: bool) -> list[Pair]:

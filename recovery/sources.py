@@ -87,11 +87,16 @@ def check_packing(path: str, config: Any) -> Mapping[str, Any]:
     return packing
 
 
+def layout_of(packing: Mapping[str, Any]) -> str:
+    """Of a GPTQ or AWQ checkpoint, by whichever name its maker gave that field."""
+    named = (packing.get(key) for key in ("checkpoint_format", "version", "format"))
+    return next((str(one).lower() for one in named if one), INTEGERS[packing["quant_method"]][0])
+
+
 def _check_integers(path: str, method: str, packing: Mapping[str, Any]) -> None:
     layouts, remedy = INTEGERS[method], "give its weights dequantized"
-    named = next((packing[key] for key in ("checkpoint_format", "version", "format") if packing.get(key)), layouts[0])
-    if str(named).lower() not in layouts:
-        raise UserError(path, f"quantized with {method} in the layout {named!r}", f"{remedy}, or as {layouts[0]!r}")
+    if (layout := layout_of(packing)) not in layouts:
+        raise UserError(path, f"quantized with {method} in the layout {layout!r}", f"{remedy}, or as {layouts[0]!r}")
     bits = packing.get("bits", packing.get("w_bit", 4))
     if bits not in (GPTQ_BITS if method == "gptq" else (4,)):
         raise UserError(path, f"quantized with {method} to {bits} bits", remedy)

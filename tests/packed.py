@@ -62,16 +62,20 @@ def write_nf4(source: Path, target: Path) -> None:
 
 
 GROUP = 32
+ONES = {2: 0x55555555, 3: 0b00100100100100100100100100100100, 4: 0x11111111, 8: 0x01010101}
+"""What GPTQModel takes from every word of zero points in the first layout; at 3 bits it does not line up with them."""
 
 
 def rounded(weight_OI: Tensor, bits: int, groups_I: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes (I, O) int64, zero points (G, O) int64 from 1 on, scales (G, O) float16) of round-to-nearest."""
+    """(codes (I, O) int64, zero points (G, O) int64, scales (G, O) float16) of round-to-nearest; the first output's
+    zero points are 0."""
     most, zeros, scales = 2**bits - 1, [], []
     for group in range(int(groups_I.max()) + 1):
         columns_OG = weight_OI[:, groups_I == group].float()
         low_O, high_O = columns_OG.amin(1).clamp(max=0.0), columns_OG.amax(1).clamp(min=0.0)
         scales.append(((high_O - low_O) / most).half())
-        zeros.append((-low_O / scales[-1].float()).round().long().clamp(1, most))
+        zeros.append((-low_O / scales[-1].float()).round().long().clamp(0, most))
+        zeros[-1][0] = 0
     scales_GO, zeros_GO = torch.stack(scales), torch.stack(zeros)
     codes_IO = (weight_OI.float().T / scales_GO.float()[groups_I]).round().long() + zeros_GO[groups_I]
     return codes_IO.clamp(0, most), zeros_GO, scales_GO
@@ -99,10 +103,14 @@ def write_integers(source: Path, target: Path, method: str, bits: int = 4, **mor
         if method == "gptq":
             groups_I = groups_I[torch.randperm(inputs, generator=generator)]
         codes_IO, zeros_GO, scales_GO = rounded(weight, bits, groups_I)
+        if more.get("sym"):
+            zeros_GO = torch.full_like(zeros_GO, 2 ** (bits - 1))
         meant[name] = (scales_GO.float()[groups_I] * (codes_IO - zeros_GO[groups_I])).T
         if method == "gptq":
-            less = 0 if more.get("checkpoint_format") == "gptq_v2" else 1
-            packed = words(codes_IO, bits), words((zeros_GO - less).T, bits).T.contiguous()
+            zeros = words(zeros_GO.T, bits).T.contiguous()
+            if "gptq_v2" not in more.values():
+                zeros -= ONES[bits]
+            packed = words(codes_IO, bits), zeros
             stored[f"{module}.g_idx"] = groups_I.int()
         else:
             # The order in which AutoAWQ puts eight neighbouring outputs into a word.

@@ -121,7 +121,7 @@ def rows() -> list[dict[str, Any]]:
         kl = {"degraded": 4.0, "recovered": 4 * min(point["left"], 0.9), "recovery": 1 - min(point["left"], 0.9)}
         kept = {name: point[name] for name in ("tokens", "parameters", "model_parameters")}
         kept["tokens"] *= 1 + 0.01 * (number % 2)  # each seed's corpus has its own length
-        kept["tokens_per_sample"] = 30.0
+        kept |= {"tokens_per_sample": 30.0, "passes": 1.25}
         labels = {"damage": "noise", "samples": f"{number // 2}", "seed": f"{number % 2}"}
         found.append({"labels": labels, "result": {"kl": kl, "ar_percent": ar, **kept}, "note": ""})
     few = [{**row, "labels": {**row["labels"], "damage": "rounding"}} for row in found[:2]]
@@ -216,7 +216,7 @@ def test_a_plan_takes_its_corpus_from_a_law(
     assert "the law does not know it: it was not varied" in printed
     samples = int(printed.partition("generate.samples=")[2].partition(" ")[0])
     tokens = float(printed.partition("of the KL at ")[2].partition(" trained")[0].replace(",", ""))
-    assert samples == pytest.approx(tokens / 2 / 30, rel=0.01)
+    assert samples == pytest.approx(tokens / 2 / 1.25 / 30, rel=0.01)
     assert recipe.generate.max_length > 30
     assert "all predicted" in printed
     assert invoke(monkeypatch, *command, "--series", "other") == 2

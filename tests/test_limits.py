@@ -13,6 +13,7 @@ from eval.causes import accuracy_notes, want_of_text
 from eval.evidence import Evidence, learned_kl
 from launch.cli import app
 from launch.limits import render
+from launch.pipeline import job_file_of
 from launch.recipe import Recipe
 from recovery.config import ForwardKL
 from recovery.corpus import read_split
@@ -155,14 +156,22 @@ def test_a_run_that_delivered_nothing_is_told_why(models: dict[str, Path], tmp_p
     file, recipe = written(tiny_recipe(models["llama"], make_benchmarks(tmp_path / "data"), train=train), tmp_path)
     with pytest.raises(Unavailable) as ended:
         run_in_process(recipe, tmp_path / "runs", until="train")
-    log = job_of(recipe, tmp_path / "runs", "train").runtime.log
-    log.parent.mkdir(parents=True)
-    log.write_text(f"2026-11-28 DEBUG {LAST_WORDS}{ended.value}\n")  # as run_stage has it in its log
-    result = CliRunner().invoke(app, ["diagnose", "--run", str(file), "--runs-dir", str(tmp_path / "runs")])
+    # As the launcher starts the stage, and the stage has it in its log.
+    job, begun = job_of(recipe, tmp_path / "runs", "train"), job_file_of("train", tmp_path / "runs" / "tiny")
+    for path, text in ((begun, job.to_json()), (job.runtime.log, f"2026-11-28 DEBUG {LAST_WORDS}{ended.value}\n")):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    where = ["diagnose", "--run", str(file), "--runs-dir", str(tmp_path / "runs")]
+    result = CliRunner().invoke(app, where)
     assert result.exit_code == 0, result.output
-    assert "no recovery: train ended with\n  held-out KL was never below the degraded model's" in result.output
+    assert "not finished: train ended with\n  held-out KL was never below the degraded model's" in result.output
     assert "lower train.learning_rate" in result.output
     assert "held-out KL, as it was measured: " in result.output
+    # What ended the former recipe of this name is not told of the next one, nor an interrupt as a bad end.
+    other = CliRunner().invoke(app, [*where, "--set", "train.learning_rate=1e-3"])
+    assert "not finished; run it first" in str(other.exception)
+    job.runtime.log.write_text(f"2026-11-28 DEBUG {LAST_WORDS}KeyboardInterrupt\n")
+    assert "not finished; run it first" in str(CliRunner().invoke(app, where).exception)
 
 
 def test_a_run_that_is_not_finished_is_the_users_mistake(models: dict[str, Path], tmp_path: Path):
