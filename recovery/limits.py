@@ -8,7 +8,7 @@ make good damage elsewhere (a sequential closed form does) may leave less than t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,14 +82,16 @@ def as_much(learned: Tokens, held_out: Tokens) -> Tokens:
     return learned.head(len(calibration_rows(learned, int(held_out.lengths.sum()))))
 
 
+def kl_to(reference: Any, width: int) -> Callable[[Any, Tokens, str], float]:
+    """A model's KL to the reference on a text; the last argument names it for the progress bar."""
+    return lambda model, tokens, what: measure(model, reference, tokens, width, FORWARD_TOKENS, what).kl
+
+
 def limits_of_whole(
     reference: Any, degraded: Any, recovered: Any, learned: Tokens | None, held_out: Tokens, width: int
 ) -> Limits:
     """Of a model whose parameters all learned: nothing is out of its reach. All models lie on one device."""
-
-    def kl(model: Any, tokens: Tokens, what: str) -> float:
-        return measure(model, reference, tokens, width, FORWARD_TOKENS, what).kl
-
+    kl = kl_to(reference, width)
     left = kl(recovered, held_out, "recovered")
     on_learned = None if learned is None else kl(recovered, as_much(learned, held_out), "recovered, learned text")
     return Limits(kl(degraded, held_out, "degraded"), left, on_learned, modules=0.0, matrices=0.0)
@@ -99,10 +101,7 @@ def limits_of(
     reference: Any, degraded: Any, adapter: Path, learned: Tokens | None, held_out: Tokens, width: int
 ) -> Limits:
     """The degraded model ends with the reference's matrices. Both models lie on one device."""
-
-    def kl(model: Any, tokens: Tokens, what: str) -> float:
-        return measure(model, reference, tokens, width, FORWARD_TOKENS, what).kl
-
+    kl = kl_to(reference, width)
     before = kl(degraded, held_out, "degraded")
     adapted = load_adapter(degraded, adapter)
     names = adapted_names(adapted)
