@@ -139,13 +139,15 @@ class Browser:
                 return message["result"]
 
     async def see(self, url: str, *texts: str) -> tuple[str, bytes]:
-        """Open a page and wait until it shows these texts; returns its document and a picture (PNG)."""
+        """Open a page, wait until it is loaded and shows these texts; returns its document and a picture (PNG)."""
         await self.call("Page.navigate", url=url)
         deadline = time.monotonic() + PAGE_S
         while True:
-            answer = await self.call("Runtime.evaluate", expression="document.documentElement.outerHTML")
+            # A page that is still read in has an outerHTML too, closed as if it ended there.
+            loaded = "document.readyState === 'complete' ? document.documentElement.outerHTML : ''"
+            answer = await self.call("Runtime.evaluate", expression=loaded)
             document = str(answer["result"].get("value"))
-            if all(text in document for text in texts):
+            if document and all(text in document for text in texts):
                 break
             assert time.monotonic() < deadline, f"{url} does not show {texts}: {document[:2000]}"
             await asyncio.sleep(0.3)

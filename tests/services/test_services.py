@@ -115,7 +115,7 @@ def test_pages_in_a_browser(tiny: Path, tmp_path: Path, server: MlflowServer):
 async def look_at_everything(runs: Path, server: MlflowServer, folder: Path) -> None:
     async with chromium(folder / "browser") as browser:
         document, picture = await browser.see(
-            (runs / "ranks.4" / "report" / "report.html").resolve().as_uri(), "</html>"
+            (runs / "ranks.4" / "report" / "report.html").resolve().as_uri(), "Accuracy recovery"
         )
         assert document.count("<img") == 4
         assert re.search(r"<strong>(Recovered|Partly recovered|Not recovered)</strong>", document)
