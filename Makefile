@@ -97,7 +97,7 @@ format: install ## let ruff put the code in order
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-test: install assets lint ## lint, types and all tests but the next three, the real model included: 20 minutes
+test: install assets lint ## lint, types and all tests but the next four, the real model included: 20 minutes
 	@# One thread each, or they would wait for one another. The real model's tests go first: they take longest.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 

@@ -3,7 +3,7 @@
     python -m launch.assets [--to assets] [NAME ...]
 
     assets/smollm2-135m-instruct/                 a 135M Llama, unpacked from a 4-bit GGUF to bf16 safetensors
-    assets/benchmarks/<path>/<config>/<split>/    nine benchmarks and SciQ as `datasets` folders
+    assets/benchmarks/<path>/<config>/<split>/    eight benchmarks, SciQ and labelled text as `datasets` folders
 
 and where they are named:
 

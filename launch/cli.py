@@ -148,7 +148,10 @@ def diagnose(
     runs_dir: RunsDir = Path("runs"),
     cluster: ClusterName = "local",
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="DIR", help="Write diagnosis.json and heat maps there.")
+        Path | None,
+        typer.Option(
+            "--output", metavar="DIR", help="Write diagnosis.json and heat maps there; with --run limits.json."
+        ),
     ] = None,
     text_tokens: Annotated[
         int,
