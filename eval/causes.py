@@ -9,7 +9,7 @@ from eval.config import ReportJob
 from eval.evidence import Evidence, damage_of
 from recovery.adapters import CONFIG, adapted_modules
 from recovery.files import held_out_lines
-from recovery.watch import advice
+from recovery.watch import advice, advice_on_warmup
 
 SMALL = 0.1
 """Share of the remaining KL below which a cause is not worth a remedy."""
@@ -18,8 +18,9 @@ SMALL = 0.1
 def causes(job: ReportJob, evidence: Evidence, summary: Mapping[str, Any]) -> list[str]:
     """One sentence for each, what was found and what to do; without what the text's amount explains."""
     trend = advice([line["kl"] for line in held_out_lines(job.adapter.path)])
+    steps = advice_on_warmup(evidence.adapter["details"]) if "train" in evidence.manifests else None
     return [
-        *([] if trend is None else [trend]),
+        *(said for said in (trend, steps) if said is not None),
         *_choice(evidence),
         *_uncovered(job, evidence),
         *accuracy_notes(summary),

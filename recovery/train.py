@@ -41,8 +41,8 @@ from recovery.progress import progress
 from recovery.stage import run_stage
 from recovery.stopping import Stopping
 from recovery.tracking import Tracker
-from recovery.training_run import Run, Taken, set_up
-from recovery.watch import Watch, advice, line_of
+from recovery.training_run import Run, Taken, set_up, steps_below_the_peak
+from recovery.watch import Watch, advice, advice_on_warmup, line_of
 
 log = logging.getLogger("recover-lora")
 CHECKPOINTS = ".checkpoints"
@@ -277,6 +277,7 @@ def produce(job: TrainJob, workspace: Workspace) -> dict[str, Any]:
             "loss_tokens": sum(step.loss_tokens for step in run.plan),
             "calibration_tokens": start.get("calibration_tokens", 0),
             "steps": len(run.plan),
+            "warmup_steps": steps_below_the_peak(run.rates),
             "trainable_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in parameters.values()),
             "adapted_modules": len(parameters) // 2 if job.train.parameters == "adapters" else len(parameters),
             "ranks": ranks,
@@ -288,6 +289,8 @@ def produce(job: TrainJob, workspace: Workspace) -> dict[str, Any]:
             "%(idle_share).1f%% of the room for micro-batches unused",
             {**counts, "idle_share": 100 * counts["idle_share"]},
         )
+        if leader and (said := advice_on_warmup(counts)):
+            log.warning("%s", said)
         if run.student.trainable_head:
             log.info("the head learns too: its loss goes through autograd, with two products more")
         with Stopping() as stopping:

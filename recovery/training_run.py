@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,11 @@ def learning_rates(step_tokens: list[int], train: Train) -> list[float]:
         share = min(1.0, end / warmup) if before < warmup else (total - before) / (total - warmup)
         rates.append(train.learning_rate * share)
     return rates
+
+
+def steps_below_the_peak(rates: Sequence[float]) -> int:
+    """How many steps the warm-up takes before the whole rate is reached, or the run ends."""
+    return max(range(len(rates)), key=rates.__getitem__) if rates else 0
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,15 @@ def advice(kls: list[float]) -> str | None:
     if len(kls) >= 4 and min(kls[-3:]) > 0.99 * min(kls[:-3]):
         return "held-out KL stagnates: more rank, another placement or more data would be needed"
     return None
+
+
+def advice_on_warmup(details: Mapping[str, Any]) -> str | None:
+    """What is wrong where a run is over before it has learned at its whole rate. details: of a trained adapter."""
+    steps, warm = details["steps"], details.get("warmup_steps", 0)
+    if warm == 0 or 2 * warm < steps:
+        return None
+    remedy = "a smaller train.batch_tokens, more epochs or a smaller train.warmup_steps gives it steps to learn in"
+    return f"training has {steps} steps, {warm} of them below the whole learning rate (warm-up): {remedy}"
 
 
 def line_of(found: Measurement, step: int, tokens: int, split: str = "held_out") -> str:

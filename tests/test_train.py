@@ -27,9 +27,9 @@ from recovery.measure import measure
 from recovery.models import load_model
 from recovery.stage import build
 from recovery.train import checkpoint_steps
-from recovery.training_run import Run, learning_rates
+from recovery.training_run import Run, learning_rates, steps_below_the_peak
 from recovery.vocabulary import load_vocabulary, used_width
-from recovery.watch import advice
+from recovery.watch import advice, advice_on_warmup
 from tests.conftest import REPOSITORY
 from tests.pipeline import job_of, make_benchmarks, run_in_process, tiny_recipe
 
@@ -217,6 +217,18 @@ def test_schedule_counts_tokens():
     assert large[:2] == [small[1], small[3]] == [0.5, 1.0]
     assert large[2:] == small[4::2]
     assert learning_rates([100] * 3, train) == [1 / 3, 2 / 3, 1.0]  # a warm-up longer than the run
+
+
+def test_a_run_that_is_warm_up_for_the_most_part_is_told():
+    def said(steps: int, train: Train) -> str | None:
+        return advice_on_warmup(
+            {"steps": steps, "warmup_steps": steps_below_the_peak(learning_rates([100] * steps, train))}
+        )
+
+    assert "6 steps, 5 of them below" in str(said(6, Train(warmup_steps=80)))
+    assert said(12, Train(warmup_steps=6)) is None
+    assert said(1, Train(warmup_steps=0)) is None
+    assert "8 steps, 7 of them" in str(said(8, Train(warmup_tokens=10_000)))
 
 
 def test_advice_names_rising_and_stagnating_kl():
