@@ -205,6 +205,8 @@ def distill_trainable(
         chunk = checkpoint(one, hidden_NH[part], targets[part], following, use_reentrant=False)
         assert isinstance(chunk, Tensor)
         total = total + chunk
+    if not len(hidden_NH):  # the head's parameters too: ranks reduce the same gradients
+        total = total + 0.0 * logits_of(hidden_NH).sum(dtype=torch.float32)
     return total
 
 

@@ -184,7 +184,9 @@ def test_no_tokens_give_a_learning_head_a_gradient_too():
     total = distill_trainable(hidden, linear, DenseTargets(torch.randn(0, 4), head_of(4, 9)), 9)
     total.backward()
     assert float(total) == 0
-    assert hidden.grad is not None
+    for leaf in (hidden, linear.weight, linear.bias):
+        assert leaf.grad is not None
+        assert not leaf.grad.any()
 
 
 def test_no_tokens_give_zero_and_a_gradient_of_zero():
