@@ -17,7 +17,7 @@ from launch.recipe import Recipe
 from recovery.config import Dtype, ModelInput, SparseLogitsTeacher
 from recovery.corpus import SUMMARY
 from recovery.files import read_json
-from recovery.placement import linear_modules, select, skeleton
+from recovery.placement import linear_modules, may_be_in_pieces, select, skeleton
 from recovery.rehearsal import Case, Rehearsal, pace
 from recovery.tape import Phase
 
@@ -95,6 +95,11 @@ class Task:
             return {}
         device = torch.device("cuda" if self.rates.gpu else "cpu")
         return pace(self.case, device, lambda work: self.rates.seconds(work) / sharing)
+
+    @cached_property
+    def may_be_in_pieces(self) -> bool:
+        """Whether training loads both models in pieces where ZeRO-3 divides them."""
+        return all(may_be_in_pieces(model) for model in (self.degraded, self.reference))
 
     @property
     def case(self) -> Case:

@@ -135,20 +135,23 @@ class Prediction:
 def memory(task: Task, layout: Layout, rehearsed: Rehearsal) -> Memory:
     zero, width, devices = Zero.of(layout.deepspeed), task.width, task.devices
     all_learn, online = task.recipe.train.parameters == "all", layout.teacher == "online"
-    in_pieces = is_in_pieces(task, layout)
+    divided, in_pieces = is_divided(task, layout), is_in_pieces(task, layout)
     own, theirs = rehearsed.student, rehearsed.reference
     student, reference = float(own.total), float(theirs.total if online else 0)
     # What a device computes with is whole while it is used.
     buffers = min(zero.reduce_elements, rehearsed.trainable) * width
     if task.rates.gpu:
         buffers = zero.reduce_elements * (4 if zero.stage == 1 else width)
-    if in_pieces:
+    if divided:
         pieces = 1 / devices + (1 / zero.secondary if zero.secondary > 1 else 0)
-        gathered = [min(model.total, zero.live_elements * width) for model in (own, theirs)[: 1 + online]]
+        gathered = [
+            min(model.total, zero.live_elements * width) for model in (own, theirs)[: 1 + (online and in_pieces)]
+        ]
         # One model after the other; a CPU's heap does not give back what the first one took.
         buffers += max(gathered) if task.rates.gpu else sum(gathered)
         student *= 0 if zero.offload_weights else pieces
-        reference = (0 if zero.offload_weights else reference * pieces) + (theirs.head if online else 0)
+        if in_pieces:
+            reference = (0 if zero.offload_weights else reference * pieces) + (theirs.head if online else 0)
     elif online and task.same_share:
         reference -= own.total * task.same_share
     if not online and not task.head_is_same:
@@ -247,9 +250,14 @@ def layouts(task: Task, checkpointing: bool) -> list[Layout]:
     return [Layout(name, teacher, checkpointing) for name in names for teacher in teachers]
 
 
-def is_in_pieces(task: Task, layout: Layout) -> bool:
-    """Whether no device ever holds a whole model."""
+def is_divided(task: Task, layout: Layout) -> bool:
+    """Whether every device holds a part of the student."""
     return Zero.of(layout.deepspeed).stage == 3 and task.devices > 1
+
+
+def is_in_pieces(task: Task, layout: Layout) -> bool:
+    """Whether no device ever holds a whole model, not while it loads and not of the reference."""
+    return is_divided(task, layout) and task.may_be_in_pieces
 
 
 def rehearsal_of(task: Task, layout: Layout) -> Rehearsal:

@@ -9,7 +9,7 @@ import datetime
 import logging
 import os
 import warnings
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
+T = TypeVar("T")
 UNKNOWN = "this architecture computes its logits in a way that this version does not know"
 
 
@@ -55,6 +56,14 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Compute each layer again in the backward pass. Dropout stays off, which training mode would turn on."""
+    causal_lm(model).gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+
+
 def join_ranks(backend: str, timeout: datetime.timedelta | None = None) -> tuple[int, int]:
     """(rank, number of ranks) as torchrun gives them, joined where there are several; each has its own device."""
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -64,6 +73,14 @@ def join_ranks(backend: str, timeout: datetime.timedelta | None = None) -> tuple
         torch.distributed.init_process_group(backend, timeout=timeout)
         heartbeat.start(rank, ranks)
     return rank, ranks
+
+
+def of_first_rank(value: T, ranks: int) -> T:
+    """The first rank's value on every rank, so that all go the same way whatever each of them sees on its disk."""
+    shared: list[Any] = [value]
+    if ranks > 1:
+        torch.distributed.broadcast_object_list(shared, 0)
+    return shared[0]
 
 
 def attention_kind(config: Any) -> str:
@@ -232,6 +249,9 @@ def check_training_path(model: Any, width: int, name: str) -> None:
         raise UserError(name, f"its attention cannot be packed ({error})", UNKNOWN) from error
     tolerance = 1e-3 if own[0].dtype == torch.float32 else 2.0**-6
     worst = float((own_TV - ours_TV).abs().max() / own_TV.abs().max().clamp(min=1e-6))
+    if not bool(own_TV.isfinite().all()):
+        found = "its logits are not all finite: weights that overflowed, or are not numbers"
+        raise UserError(name, found, "`recover-lora diagnose` names the tensors; export it again")
     if worst > tolerance:
         found = f"its logits are not head(final hidden states) of packed samples (relative difference {worst:.2g})"
         raise UserError(name, found, UNKNOWN)

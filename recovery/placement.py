@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from recovery.config import Adapter, Placement
+from recovery.config import Adapter, ModelInput, Placement
 from recovery.damage_config import ALL
 from recovery.errors import UserError, first_line
 from recovery.sources import check_packing, pretrained
@@ -98,6 +98,13 @@ def skeleton(path: str, revision: str | None) -> Any:
     except (OSError, ValueError) as error:
         first = first_line(error)
         raise UserError(path, f"not a causal language model that transformers knows ({first})", "give one") from error
+
+
+def may_be_in_pieces(model: ModelInput) -> bool:
+    """Whether ZeRO-3 may partition it while it is read: packed weights are unpacked whole, and PEFT looks at the shape
+    of experts' parameters. Such models are partitioned afterwards."""
+    bare = skeleton(model.path, model.revision)
+    return not check_packing(model.path, bare.config) and not expert_parameters(bare)
 
 
 def select(model: Any, patterns: Sequence[str], where: str, *, head: bool = False) -> list[str]:

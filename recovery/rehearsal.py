@@ -25,7 +25,7 @@ from recovery.corpus import Tokens
 from recovery.engine import Student
 from recovery.gated import use_gated_products
 from recovery.loss import compare, distill, distill_trainable
-from recovery.models import TORCH_DTYPES, causal_lm, final_hidden, head_of, quiet_libraries
+from recovery.models import TORCH_DTYPES, causal_lm, checkpoint_activations, final_hidden, head_of, quiet_libraries
 from recovery.placement import linear_modules, parameter_budget, skeleton
 from recovery.tape import Clock, Phase, Tape, Work
 from recovery.targets import DenseTargets, SparseTargets
@@ -155,8 +155,7 @@ def _models(case: Case, *, checkpointing: bool, short: bool = False) -> tuple[An
             decoder.layers = nn.ModuleList([decoder.layers[0], decoder.layers[-1]])
         adapted = own.requires_grad_(True) if case.train.parameters == "all" else _with_adapter(own, case.adapter)
         if checkpointing:
-            causal_lm(adapted).gradient_checkpointing_enable({"use_reentrant": False})
-            adapted.train()
+            checkpoint_activations(adapted)
     return theirs, adapted
 
 

@@ -14,17 +14,16 @@ import numpy as np
 from torch import Tensor
 
 from recovery.batches import Step, plan_epoch
-from recovery.config import ModelInput, Train, TrainJob
+from recovery.config import Train, TrainJob
 from recovery.corpus import Tokens, read_split
 from recovery.engine import Engine, Student, engine_config, forward_only
 from recovery.errors import UserError
 from recovery.feed import Prepared, prepared, teachers
 from recovery.learner import compile_layers, make_learner
 from recovery.measure import HeldOut
-from recovery.models import causal_lm, check_training_path, device, head_of, load_model, share_equal
+from recovery.models import check_training_path, checkpoint_activations, device, head_of, load_model, share_equal
 from recovery.partition import held_bytes, partitioned_loading, shape_bytes
-from recovery.placement import expert_parameters, skeleton
-from recovery.sources import check_packing
+from recovery.placement import may_be_in_pieces
 from recovery.teacher import OnlineTeacher, TeacherSignal
 from recovery.texts import read_texts
 from recovery.tracking import Tracker
@@ -96,13 +95,6 @@ def is_zero3(job: TrainJob) -> bool:
     return job.deepspeed.get("zero_optimization", {}).get("stage") == 3
 
 
-def may_be_in_pieces(model: ModelInput) -> bool:
-    """Whether ZeRO-3 may partition it while it is read: packed weights are unpacked whole, and PEFT looks at the shape
-    of experts' parameters. Such models are partitioned afterwards."""
-    bare = skeleton(model.path, model.revision)
-    return not check_packing(model.path, bare.config) and not expert_parameters(bare)
-
-
 def set_up(job: TrainJob, folder: Path, rank: int, ranks: int, tracker: Tracker) -> Run:
     corpus = read_texts(job)
     tokens, width = corpus.train, corpus.width
@@ -118,8 +110,7 @@ def set_up(job: TrainJob, folder: Path, rank: int, ranks: int, tracker: Tracker)
         log.info("%.0f MB of weights are the same in both models and held once", shared / 1e6)
     adapted = make_learner(job, degraded)
     if job.train.activation_checkpointing:
-        causal_lm(adapted).gradient_checkpointing_enable({"use_reentrant": False})
-        adapted.train()
+        checkpoint_activations(adapted)
     if job.train.compile:
         compile_layers(adapted)
     student = Student(adapted, width)

@@ -73,6 +73,16 @@ def test_parts_of_a_device(task: Task):
     assert first.peak >= first.runtime + 2 * weights
 
 
+def test_what_is_loaded_whole_is_planned_whole(models: dict[str, Path], tmp_path: Path):
+    """Experts: ZeRO-3 divides the student after it was loaded, and leaves the reference as it is."""
+    recipe = tiny_recipe(models["mixtral"], tmp_path, models={"dtype": "bfloat16"})
+    task, pieces = task_of(recipe, on(2), None, None), Layout("zero3", "online", checkpointing=False)
+    found, rehearsed = memory(task, pieces, rehearsal_of(task, pieces)), rehearsal_of(task, pieces)
+    assert found.student == pytest.approx(rehearsed.student.total / 16)
+    assert found.reference == rehearsed.reference.total
+    assert found.loading >= found.runtime + 2 * rehearsed.student.total
+
+
 def test_communication_grows_with_what_is_divided(task: Task):
     plain, pieces = (Layout(name, "online", checkpointing=False) for name in ("zero2", "zero3"))
     found = {layout: step(task, layout, rehearsal_of(task, layout)) for layout in (plain, pieces)}
