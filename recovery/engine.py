@@ -150,7 +150,8 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
-        return self._engine.get_global_grad_norm() or 0.0
+        norm = self._engine.get_global_grad_norm()
+        return 0.0 if norm is None else norm  # `or` would wait for the device
 
     def hidden(self, batch: Batch) -> Tensor:
         return final_hidden(self._student.adapted, batch)

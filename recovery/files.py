@@ -84,6 +84,12 @@ def read_notes(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
+def sync_file(path: Path) -> None:
+    """What was appended to it is on the disk, whatever happens to the host."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(path: Path) -> None:
     """Make a rename inside `path` survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -20,7 +20,7 @@ from recovery import heartbeat
 from recovery.communication import activities, communication_share
 from recovery.config import TrainJob
 from recovery.engine import start_distributed
-from recovery.errors import EXIT_DONE
+from recovery.errors import EXIT_DONE, UserError
 from recovery.files import write_atomic
 from recovery.stage import check_inputs, exit_code_of, set_up_logging
 from recovery.tracking import Tracker
@@ -36,6 +36,10 @@ def measure(job: TrainJob, folder: Path, steps: int) -> str:
     rank, ranks = start_distributed()
     with tempfile.TemporaryDirectory() as scratch, Tracker(None, None) as tracker:
         run = set_up(job, Path(scratch), rank, ranks, tracker)
+        if len(run.plan) < 2:
+            raise UserError(
+                "--profile", "the training has a single step", "lower train.batch_tokens, or give it epochs"
+            )
         feed = run.feed(0)
         steps = min(steps, len(run.plan) - 1)
         train_step(run, 0, feed)

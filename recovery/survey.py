@@ -18,7 +18,7 @@ from recovery.corpus import Tokens
 from recovery.curvature import Sensitivity, sensitivities
 from recovery.files import read_json, write_atomic, write_json
 from recovery.layerwise import begin, layers_of
-from recovery.models import device
+from recovery.models import device, of_first_rank
 from recovery.placement import check_adapter, counterparts, linear_modules, matrices, parameter_budget
 from recovery.progress import progress
 
@@ -45,7 +45,8 @@ def differing(reference: Any, degraded: Any) -> list[str]:
     def damaged(weight: Tensor, right: Tensor) -> bool:
         if torch.equal(weight, right):
             return False
-        return float((weight.float() - right.float()).norm()) > NARROWED * float(right.float().norm())
+        # Not `>`: a difference that is no number is damage.
+        return not float((weight.float() - right.float()).norm()) <= NARROWED * float(right.float().norm())
 
     return [name for name, weight in matrices(degraded).items() if damaged(weight, theirs[name])]
 
@@ -82,11 +83,9 @@ def survey(
     Both models lie on the CPU; the reference has packed attention.
     """
     chosen = folder / RANKS
-    done: list[Any] = [chosen.exists()]
-    if ranks > 1:  # all go the same way, however late one of them looks
-        torch.distributed.broadcast_object_list(done, 0)
-    if done[0]:
-        return read_json(chosen)
+    known = of_first_rank(read_json(chosen) if rank == 0 and chosen.exists() else None, ranks)
+    if known is not None:
+        return known
     auto, leader = job.adapter.placement == "auto", rank == 0
     names = check_adapter(degraded, job.adapter)
     if auto:
@@ -117,14 +116,13 @@ def survey(
             bar.update(1)
     if bar is not None:
         bar.close()
+    allocated: dict[str, int] = {}
     if leader:
         budget = parameter_budget(degraded, job.adapter) if auto else 0
         # In the model's order; what no token came by, and what lies outside the layers, has no spectrum.
-        known = {name: spectra[name] for name in names if name in spectra}
-        write_json(chosen, allocate(known, budget))
-    if ranks > 1:
-        torch.distributed.barrier()
-    return read_json(chosen)
+        allocated = allocate({name: spectra[name] for name in names if name in spectra}, budget)
+        write_json(chosen, allocated)
+    return of_first_rank(allocated, ranks)
 
 
 def output_metrics(folder: Path | None, number: int, where: torch.device) -> dict[str, OutputMetric]:

@@ -33,10 +33,10 @@ from recovery.config import TrainJob
 from recovery.engine import start_distributed
 from recovery.errors import Unavailable
 from recovery.feed import Prepared
-from recovery.files import HELD_OUT, HISTORY, held_out_lines, write_atomic
+from recovery.files import HELD_OUT, HISTORY, held_out_lines, sync_file, write_atomic
 from recovery.learner import save_learner
 from recovery.measure import Measurement
-from recovery.models import device
+from recovery.models import device, of_first_rank
 from recovery.progress import progress
 from recovery.stage import run_stage
 from recovery.stopping import Stopping
@@ -59,6 +59,8 @@ def resume(run: Run) -> int:
         batch = collate(run.tokens, rows).to(device())
         run.engine.restore(state, done, batch, run.teacher.targets(batch, run.teacher.fetch(rows)))
         log.info("going on after step %d of %d", done, len(run.plan))
+    if of_first_rank(done, run.ranks) != done:
+        raise Unavailable(f"rank {run.rank} sees another checkpoint (of step {done}) than the first: try again later")
     if run.leader:
         for name in (HISTORY, HELD_OUT):
             _keep_until(run.folder / name, done if found is not None else -1)
@@ -108,8 +110,9 @@ def look(run: Run) -> list[dict[str, float]]:
         loss, norm = total / step.loss_tokens, float(taken.norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             rows = sorted(row for batch_rows in step.micro_batches for row in batch_rows)
-            raise RuntimeError(
-                f"loss {loss}, gradient norm {norm} at step {taken.number + 1}, samples {rows}; nothing was saved over"
+            raise Unavailable(
+                f"loss {loss}, gradient norm {norm} at step {taken.number + 1}, samples {rows}; nothing was saved "
+                "over; lower train.learning_rate"
             )
         lines.append(
             {
@@ -201,6 +204,8 @@ def write_checkpoint(run: Run, step: int, watch: Watch, workspace: Workspace | N
     began = time.monotonic()
     state = run.engine.state()
     if workspace is not None:
+        for name in (HISTORY, HELD_OUT):  # a checkpoint never outlives the lines that it goes on from
+            sync_file(run.folder / name)
         save_checkpoint(run.folder / CHECKPOINTS, step, state)
         # Not before: after a kill the steps behind the checkpoint are measured again.
         wanted = {best_path(run.folder, watch.best_until(kept)) for kept in checkpoint_steps(run.folder)}

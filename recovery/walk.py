@@ -21,10 +21,10 @@ from recovery.closed_form import Factors, Metric, Moments
 from recovery.config import Adapter
 from recovery.corpus import Tokens
 from recovery.experts import ExpertLayer, is_expert, solve_experts, together
-from recovery.files import write_atomic
+from recovery.files import read_json, write_atomic
 from recovery.layerwise import Stream, arguments_of, begin, groups_of, input_of, layers_of, on_device, output_of
 from recovery.measure import Measurement, measure_streams
-from recovery.models import device
+from recovery.models import device, of_first_rank
 from recovery.progress import progress
 from recovery.survey import layer_file, output_metrics
 
@@ -55,7 +55,7 @@ class Repair:
         curvature: Path | None,
     ) -> None:
         """curvature: the folder that recovery.survey wrote; None: all outputs count alike."""
-        self._adapter, self._blend, self._pairs, self._ranks = adapter, blend, pairs, ranks
+        self._adapter, self._blend, self._pairs, self.ranks = adapter, blend, pairs, ranks
         self._curvature = curvature
         self.reference_layers, self.student_layers = layers_of(reference), layers_of(adapted)
         self._device = device()
@@ -79,10 +79,7 @@ class Repair:
         solved: Solved = {}
         kept: dict[str, float] = {}
         groups = groups_of(layer, inside, number, stream, self._device)
-        if self._ranks > 1:  # another rank's text may have been routed to other experts
-            shared: list[Any] = [groups]
-            torch.distributed.broadcast_object_list(shared, 0)
-            groups = shared[0]
+        groups = of_first_rank(groups, self.ranks)  # another's text may have been routed to other experts
         outputs = output_metrics(self._curvature, number, self._device)
         for group in groups:
             metric = self._metric(number, group[0])
@@ -134,7 +131,7 @@ class Repair:
 
         given = None if self._adapter.init == "svd" else texts
         return solve_experts(
-            found, given, self._adapter.damping, self._blend, ranks=self._ranks, sequential=self._sequential
+            found, given, self._adapter.damping, self._blend, ranks=self.ranks, sequential=self._sequential
         )
 
     def _subject(self, number: int, pair: Pair) -> tuple[nn.Module, Stream]:
@@ -163,7 +160,7 @@ class Repair:
                     theirs_TI = own_TI
             if len(own_TI):
                 moments.add(own_TI, theirs_TI)
-        if self._ranks > 1:
+        if self.ranks > 1:
             moments.all_reduce()
         return Metric(moments, self._adapter.damping) if float(moments.tokens) else None
 
@@ -176,7 +173,7 @@ class Repair:
             # Where nothing is wanted A keeps its random rows: with A and B both zero neither would ever learn.
             kept = tensor.any(dim=1, keepdim=True) if side == "A" else torch.ones(1, 1, dtype=torch.bool)
             weight.copy_(torch.where(kept.to(weight.device), tensor.to(weight), weight))
-            if self._ranks > 1:  # the decompositions of two machines may differ in their last bits
+            if self.ranks > 1:  # the decompositions of two machines may differ in their last bits
                 torch.distributed.broadcast(weight, 0)
 
     def advance(self, number: int, pairs: Sequence[Pair] | None = None) -> None:
@@ -213,6 +210,11 @@ def untouched(repair: Repair, pairs: Sequence[Pair]) -> None:
             repair.advance(number, pairs)
 
 
+def _finished(path: Path) -> tuple[Solved, dict[str, float]] | None:
+    """A layer that an earlier process solved: its factors, and what they keep."""
+    return (load_file(path), read_json(path.with_suffix(".json"))) if path.exists() else None
+
+
 def walk(repair: Repair, folder: Path, tick: Callable[[], None], *, leader: bool) -> dict[str, float]:
     """Solve and advance layer after layer; finished layers are read from `folder`. Returns what the factors keep."""
     kept: dict[str, float] = {}
@@ -222,9 +224,10 @@ def walk(repair: Repair, folder: Path, tick: Callable[[], None], *, leader: bool
     for number in range(count):
         path = layer_file(folder, number)
         with repair.here(number):
-            if path.exists():
-                repair.apply(number, load_file(path))
-                shares = json.loads(path.with_suffix(".json").read_text())
+            found = of_first_rank(_finished(path) if leader else None, repair.ranks)
+            if found is not None:
+                solved, shares = found
+                repair.apply(number, solved)
             else:
                 solved, shares = repair.solve(number)
                 if leader:

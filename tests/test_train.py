@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import recovery.profile
 import recovery.train
 import recovery.training_run
 from recovery.adapters import load_adapter
@@ -24,7 +26,7 @@ from recovery.corpus import read_split
 from recovery.deepspeed_config import FOLDER
 from recovery.errors import Unavailable, UserError
 from recovery.measure import measure
-from recovery.models import load_model
+from recovery.models import checkpoint_activations, load_model
 from recovery.stage import build
 from recovery.train import checkpoint_steps
 from recovery.training_run import Run, learning_rates, steps_below_the_peak
@@ -141,6 +143,30 @@ def test_zero_stages_and_micro_batches_give_the_same_losses(prepared: tuple[Path
     ]
     for other in runs[1:]:
         assert [loss for _, loss, _ in other] == pytest.approx([loss for _, loss, _ in runs[0]], rel=1e-3)
+
+
+def test_checkpointed_activations_turn_no_dropout_on(tiny: Path):
+    model = model_at(tiny)
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    ids = torch.arange(3, 40)[None]
+    expected = model(input_ids=ids).logits
+    checkpoint_activations(model)
+    calls: list[object] = []
+    layer = model.get_decoder().layers[0]
+    layer._gradient_checkpointing_func = lambda function, *given: (calls.append(given), function(*given))[1]
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
+    assert calls  # it does look at the flag
+
+
+def test_a_training_of_one_step_is_not_profiled(prepared: tuple[Path, Path, Path], tmp_path: Path):
+    model, data, source = prepared
+    shutil.copytree(source, tmp_path / "runs")
+    train = {"epochs": 1, "batch_tokens": 100_000, "micro_batch_tokens": 160}
+    job = job_of(tiny_recipe(model, data, train=train), tmp_path / "runs", "train")
+    with pytest.raises(UserError, match="a single step"):
+        recovery.profile.measure(job, tmp_path / "profile", 4)
 
 
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("*.json")), ids=lambda file: file.stem)

@@ -94,6 +94,7 @@ def test_a_loss_that_is_not_a_number_stops_all_ranks_and_costs_no_checkpoint(
     code, said = start(replace(stage, module="tests.corrupted"), tmp_path / "disturbed", capfd)
     assert code == EXIT_FAILED
     found = re.search(rf"loss nan.* at step {BAD_STEP + 1}, samples \[([0-9, ]+)\]; nothing was saved over", said)
+    assert "Traceback" not in said
     assert found is not None, said
     assert 0 < len(found.group(1).split(",")) < 48
     assert not stage.job.runtime.output.exists()
