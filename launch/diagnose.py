@@ -58,7 +58,7 @@ def diagnose(reference: Path, degraded: Path, folder: Path | None, text_tokens: 
         return text
     try:
         costs = weigh_on_text(reference, degraded, text_tokens).costs
-    except (UserError, OSError, ValueError) as error:
+    except (UserError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: out of memory, for one
         return f"{text}\n\nnot weighed on text: {error}"
     text = render(findings, count, advice, costs)
     if folder is not None:

@@ -88,7 +88,7 @@ def render(found: Limits, *, whole: bool = False) -> list[str]:
         "what is left:",
         line("rank and training", found.rank, "gone if the adapted matrices were the reference's"),
         line("placement", found.placement, "gone if all other matrices were, too"),
-        line("beyond adapters", found.matrices, "norms, embeddings, biases"),
+        line("beyond adapters", found.beyond, "norms, embeddings, biases"),
     ]
     if whole:
         lines[2:] = [line("training", found.rank, "gone if all parameters were the reference's")]
@@ -102,7 +102,7 @@ def render(found: Limits, *, whole: bool = False) -> list[str]:
         "rank and training": found.rank - max(data, 0.0),
         "data": data,
         "placement": found.placement,
-        "beyond adapters": found.matrices,
+        "beyond adapters": found.beyond,
     }
     remedies = {
         "rank and training": "train longer (train.epochs) while held-out KL falls"

@@ -145,7 +145,7 @@ def make_forecasts(plans: Sequence[Plan], folder: Path) -> None:
         try:
             places = places_of(group, skeleton(str(degraded), None))
             weighed = weigh_on_text(reference, degraded, FORECAST_TOKENS, checked=0, places=set(places.values()))
-        except (UserError, OSError, ValueError) as error:
+        except (UserError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: out of memory, for one
             log.warning("no forecast for %s: %s", degraded, first_line(error))
             continue
         kl = weighed.costs.degraded.kl

@@ -13,7 +13,7 @@ by several percent, so neither is ever rounded:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,10 @@ class Head:
     @property
     def width(self) -> int:
         return len(self.weight_VH)
+
+    def to(self, device: torch.device) -> Head:
+        bias_V = None if self.bias_V is None else self.bias_V.to(device)
+        return replace(self, weight_VH=self.weight_VH.to(device), bias_V=bias_V)
 
     def logits(self, hidden_TH: Tensor, out_TV: Tensor | None = None) -> Tensor:
         """Logits (T, V), float32 (float64 of float64 states), written into `out_TV` where it is given."""

@@ -48,7 +48,12 @@ class Limits:
     @property
     def placement(self) -> float:
         """What adapters in more places could still remove."""
-        return min(self.modules, self.recovered) - self.matrices
+        return max(min(self.modules, self.recovered) - self.matrices, 0.0)
+
+    @property
+    def beyond(self) -> float:
+        """What no adapter undoes of what is left; a trained one may make good some of that too."""
+        return min(self.matrices, self.recovered)
 
     @property
     def data(self) -> float | None:

@@ -17,7 +17,7 @@ from recovery.corpus import Tokens
 from recovery.head import Head
 from recovery.layerwise import Stream, end
 from recovery.loss import compare
-from recovery.models import causal_lm, final_hidden, head_of
+from recovery.models import causal_lm, device, final_hidden, head_of
 from recovery.progress import progress
 from recovery.targets import DenseTargets
 from recovery.teacher import DenseTeacher, OnlineTeacher
@@ -75,12 +75,15 @@ def measure(
 def measure_streams(reference: Any, student: Any, pairs: Iterable[tuple[Stream, Stream]], width: int) -> Measurement:
     """The same of texts that were carried to the end of the layers (recovery.layerwise): the reference's and the
     student's stream of each."""
-    theirs_head, own_head = head_of(reference, width), head_of(student, width)
+    # The models lie on the host; the heads' products are worth the device.
+    where = device()
+    theirs_head, own_head = head_of(reference, width).to(where), head_of(student, width).to(where)
     tally = Tally()
     for theirs, own in pairs:
         batch = theirs.batch
-        theirs_NH, own_NH = end(reference, theirs)[batch.loss_N], end(student, own)[batch.loss_N]
-        tally.add(batch, compare(own_NH, own_head, DenseTargets(theirs_NH, theirs_head), batch.next_N))
+        theirs_NH = end(reference, theirs)[batch.loss_N].to(where)
+        own_NH = end(student, own)[batch.loss_N].to(where)
+        tally.add(batch, compare(own_NH, own_head, DenseTargets(theirs_NH, theirs_head), batch.next_N.to(where)))
     return tally.measurement()
 
 

@@ -110,7 +110,8 @@ class Workshop:
     def used_tokens(self) -> int:
         """Those that adapters are fitted on, and again those that the curvatures are of."""
         weighed = self._curvature is not None and any(self._curvature.glob("*.safetensors"))
-        rows = [*self._rows, *calibration_rows(self._tokens, self._job.adapter.curvature_tokens if weighed else 0)]
+        fitted_on = [] if self._job.adapter.init == "svd" else self._rows  # which looks at the weights alone
+        rows = [*fitted_on, *calibration_rows(self._tokens, self._job.adapter.curvature_tokens if weighed else 0)]
         return int(self._tokens.lengths[rows].sum())
 
     def _texts(self, *, held_out: bool) -> list[Pair]:

@@ -96,6 +96,9 @@ def exit_code_of(error: BaseException) -> int:
     if _is_disk_full(error):
         print("error: no space left on the disk; free some and run the same command again", file=sys.stderr)
         return EXIT_FAILED
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
+        print(f"error: out of memory on the device ({first_line(error)})", file=sys.stderr)
+        return EXIT_FAILED
     traceback.print_exception(error, file=sys.stderr)
     return EXIT_FAILED
 

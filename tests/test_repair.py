@@ -29,6 +29,7 @@ from recovery.layerwise import begin, end, layers_of, on_device, output_of
 from recovery.measure import measure
 from recovery.models import check_training_path, final_hidden, load_model
 from recovery.stage import build
+from recovery.survey import differing
 from recovery.vocabulary import load_vocabulary, used_width
 from tests.conftest import ARCHITECTURES, REPOSITORY
 from tests.pipeline import job_of, make_benchmarks, run_in_process, tiny_recipe
@@ -126,6 +127,7 @@ def test_every_placement_and_both_forms(prepared: tuple[Path, Path, Path], tmp_p
 
 def test_svd_is_the_difference_of_the_weights_cut_to_the_rank(prepared: tuple[Path, Path, Path], tmp_path: Path):
     done = repair_with(prepared, tmp_path / "runs", {"init": "svd", "rank": 30})
+    assert read_manifest(done)["details"]["calibration_tokens"] == 0  # it looks at no text
     weights = load_file(done / "adapter_model.safetensors")
     model, degraded = model_at(prepared[0]), model_at(next((prepared[2] / "artifacts").glob("degrade-*")))
     for name in ("model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.v_proj"):
@@ -182,6 +184,16 @@ def test_a_killed_repair_ends_with_the_same_bytes(
     assert 0 not in solved
     for name in ("adapter_model.safetensors", "held_out.jsonl"):
         assert (resumed / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+def test_weights_that_overflowed_are_damage_and_refused(tiny: Path):
+    right, wrong = model_at(tiny), model_at(tiny)
+    matrix = wrong.get_submodule("model.layers.1.self_attn.k_proj").weight
+    with torch.no_grad():
+        matrix[0, 0] = torch.inf
+    assert differing(right, wrong) == ["model.layers.1.self_attn.k_proj"]
+    with pytest.raises(UserError, match=r"models\.degraded: its logits are not all finite"):
+        check_training_path(wrong, width_of(tiny), "models.degraded")
 
 
 def test_two_ranks_find_what_one_finds(prepared: tuple[Path, Path, Path], tmp_path: Path):
