@@ -156,7 +156,9 @@ def memory(task: Task, layout: Layout, rehearsed: Rehearsal) -> Memory:
         reference -= own.total * task.same_share
     if not online and not task.head_is_same:
         reference += theirs.head
-    learning = rehearsed.trainable * width * (1 if all_learn else 2)  # gradients; and adapters, which the model is not
+    learning = rehearsed.trainable * (
+        4 + (0 if all_learn else width)
+    )  # gradients; and adapters, which the model is not
     optimizer = 0 if zero.offload_optimizer and task.rates.gpu else rehearsed.trainable * 16 / devices
     peak = rehearsed.peak(targets_of(layout), online=online)
     whole = (own.total + (theirs.total if online else 0)) / (devices if in_pieces else 1)

@@ -20,16 +20,19 @@ import recovery.profile
 import recovery.train
 import recovery.training_run
 from recovery.adapters import load_adapter
+from recovery.batches import collate
 from recovery.checkpoint import load_checkpoint, save_checkpoint
 from recovery.config import ModelInput, Train
 from recovery.corpus import read_split
 from recovery.deepspeed_config import FOLDER
+from recovery.engine import start_distributed
 from recovery.errors import Unavailable, UserError
 from recovery.measure import measure
 from recovery.models import checkpoint_activations, load_model
 from recovery.stage import build
+from recovery.tracking import Tracker
 from recovery.train import checkpoint_steps
-from recovery.training_run import Run, learning_rates, steps_below_the_peak
+from recovery.training_run import Run, learning_rates, set_up, steps_below_the_peak
 from recovery.vocabulary import load_vocabulary, used_width
 from recovery.watch import advice, advice_on_warmup
 from tests.conftest import REPOSITORY
@@ -143,6 +146,29 @@ def test_zero_stages_and_micro_batches_give_the_same_losses(prepared: tuple[Path
     ]
     for other in runs[1:]:
         assert [loss for _, loss, _ in other] == pytest.approx([loss for _, loss, _ in runs[0]], rel=1e-3)
+
+
+@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3"])
+def test_gradients_of_many_micro_batches_add_up_in_float32(
+    prepared: tuple[Path, Path, Path], tmp_path: Path, zero: str
+):
+    """The same micro-batch 400 times: in bfloat16 a sum of equal numbers stands still at 256 of them."""
+    model, data, source = prepared
+    shutil.copytree(source, tmp_path / "runs")
+    job = job_of(tiny_recipe(model, data, train={"deepspeed": zero, "max_grad_norm": 1e9}), tmp_path / "runs", "train")
+    start_distributed()
+    with Tracker(None, None) as tracker:
+        run = set_up(job.model_copy(update={"dtype": "bfloat16"}), tmp_path, 0, 1, tracker)
+
+    def norm(times: int) -> float:
+        rows = run.plan[0].micro_batches[0]
+        batch = collate(run.tokens, rows)
+        targets = run.teacher.targets(batch, run.teacher.fetch(rows))
+        for number in range(times):
+            run.engine.backward(batch, targets, 100, last=number == times - 1)
+        return float(run.engine.step(0.0))
+
+    assert norm(400) == pytest.approx(400 * norm(1), rel=1e-3)
 
 
 def test_checkpointed_activations_turn_no_dropout_on(tiny: Path):
