@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from eval.heatmap import plot_tensors
 from recovery.advice import Advice, advise, summarize
+from recovery.config import ModelInput
 from recovery.diagnosis import Finding, examine
 from recovery.errors import UserError
 from recovery.files import write_atomic, write_json
@@ -57,7 +58,8 @@ def diagnose(reference: Path, degraded: Path, folder: Path | None, text_tokens: 
     if not text_tokens or advice.action in ("nothing", "export"):
         return text
     try:
-        costs = weigh_on_text(reference, degraded, text_tokens).costs
+        right, wrong = (ModelInput(path=str(path), digest="") for path in (reference, degraded))
+        costs = weigh_on_text(right, wrong, text_tokens).costs
     except (UserError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: out of memory, for one
         return f"{text}\n\nnot weighed on text: {error}"
     text = render(findings, count, advice, costs)
@@ -67,26 +69,25 @@ def diagnose(reference: Path, degraded: Path, folder: Path | None, text_tokens: 
 
 
 def weigh_on_text(
-    reference: Path, degraded: Path, text_tokens: int, checked: int = 3, places: Collection[Places] = ()
+    reference: ModelInput, degraded: ModelInput, text_tokens: int, checked: int = 3, places: Collection[Places] = ()
 ) -> Weighed:
     """recovery.costs.weigh on text that the reference writes itself."""
     import torch
 
     from datagen.config import Generate
     from datagen.generate import load_sampling_vocabulary, sample_tokens
-    from recovery.config import ModelInput
     from recovery.costs import weigh
     from recovery.models import load_model
     from recovery.vocabulary import load_vocabulary, used_width
 
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    given = ModelInput(path=str(reference), digest="")
-    vocabulary = load_sampling_vocabulary(given, "auto")
-    right = load_model(given, dtype)
+    vocabulary = load_sampling_vocabulary(reference, "auto")
+    right = load_model(reference, dtype)
     settings = Generate(samples=max(1, text_tokens // SAMPLE_LENGTH), max_length=SAMPLE_LENGTH)
     tokens = sample_tokens(right, vocabulary, settings, seed=0)
-    wrong = load_model(ModelInput(path=str(degraded), digest=""), dtype, placed=False)
-    width = used_width(load_vocabulary(str(reference)), load_vocabulary(str(degraded)))
+    wrong = load_model(degraded, dtype, placed=False)
+    theirs, own = (load_vocabulary(model.path, model.revision) for model in (reference, degraded))
+    width = used_width(theirs, own)
     return weigh(right.to("cpu"), wrong, tokens, width, seed=0, checked=checked, places=places)
 
 

@@ -15,6 +15,7 @@ from launch.execution import Plan
 from launch.outcomes import alone
 from launch.study import Point, Study, state_of
 from recovery.artifacts import CLUSTER
+from recovery.config import ModelInput
 from recovery.errors import UserError, first_line
 from recovery.files import read_json, read_notes, write_atomic, write_json
 
@@ -107,10 +108,15 @@ def models_of(plan: Plan) -> tuple[str, str]:
     return plan.names.reference.digest, given.digest if given is not None else plan.stages[0].job.artifact_name
 
 
-def degraded_of(plan: Plan) -> Path:
-    """The folder of the degraded model."""
-    given = plan.names.degraded
-    return Path(given.path) if given is not None else plan.stages[0].job.runtime.output
+def degraded_of(plan: Plan) -> ModelInput:
+    """The degraded model: the recipe's, or the one that the first stage makes or has made."""
+    made = plan.stages[0].job.runtime.output
+    return plan.names.degraded or ModelInput(path=str(made), digest="")
+
+
+def is_there(plan: Plan) -> bool:
+    """Whether the degraded model can be loaded: it is the recipe's own, or was made."""
+    return plan.names.degraded is not None or Path(degraded_of(plan).path).exists()
 
 
 def places_of(plans: Sequence[Plan], bare: Any) -> dict[str, Places]:
@@ -136,21 +142,21 @@ def make_forecasts(plans: Sequence[Plan], folder: Path) -> None:
     known = read_notes(folder / FORECASTS)
     wanted: dict[tuple[str, str], list[Plan]] = {}
     for plan in plans:
-        if is_forecast(plan) and forecast_key(plan) not in known and degraded_of(plan).exists():
+        if is_forecast(plan) and forecast_key(plan) not in known and is_there(plan):
             wanted.setdefault(models_of(plan), []).append(plan)
     for group in wanted.values():
         degraded = degraded_of(group[0])
-        log.info("forecast for %s", degraded)
-        reference = Path(group[0].names.reference.path)
+        log.info("forecast for %s", degraded.path)
         try:
-            places = places_of(group, skeleton(str(degraded), None))
-            weighed = weigh_on_text(reference, degraded, FORECAST_TOKENS, checked=0, places=set(places.values()))
+            places = places_of(group, skeleton(degraded.path, degraded.revision))
+            reference, wanted_places = group[0].names.reference, set(places.values())
+            weighed = weigh_on_text(reference, degraded, FORECAST_TOKENS, checked=0, places=wanted_places)
         except (UserError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: out of memory, for one
-            log.warning("no forecast for %s: %s", degraded, first_line(error))
+            log.warning("no forecast for %s: %s", degraded.path, first_line(error))
             continue
         kl = weighed.costs.degraded.kl
         if not kl > 0:
-            log.warning("no forecast for %s: it does as its reference does", degraded)
+            log.warning("no forecast for %s: it does as its reference does", degraded.path)
             continue
         for plan in group:
             if place := places.get(forecast_key(plan)):

@@ -105,7 +105,11 @@ def limits_of_whole(
 def limits_of(
     reference: Any, degraded: Any, adapter: Path, learned: Tokens | None, held_out: Tokens, width: int
 ) -> Limits:
-    """The degraded model ends with the reference's matrices. Both models lie on one device."""
+    """The degraded model ends with the reference's matrices. Both models lie on one device.
+
+    Raises UserError, before anything is measured, where the reference has other matrices.
+    """
+    counterparts(degraded, reference, "models.degraded")
     kl = kl_to(reference, width)
     before = kl(degraded, held_out, "degraded")
     adapted = load_adapter(degraded, adapter)
