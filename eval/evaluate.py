@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,10 +25,14 @@ from recovery.files import read_json, write_json
 from recovery.sources import is_gguf, load_tokenizer
 from recovery.stage import run_stage
 
+if TYPE_CHECKING:
+    from recovery.measure import HeldOut
+
 log = logging.getLogger("recover-lora")
 
 CPU_BATCH_TOKENS = 1024
 DEVICE_BATCH_TOKENS = 8192
+DIVERGENCE = "divergence.json"
 MEASURE_TOKENS = 2048
 """Tokens of one forward pass when the divergence is measured."""
 
@@ -83,25 +88,35 @@ def summarize(items: dict[str, list[Item]]) -> dict[str, Any]:
     return {**scores, "average": average if weights else None}
 
 
-def measure_divergence(job: EvaluateJob, divergence: Divergence, model: Any) -> dict[str, Any]:
-    """KL to the reference, top-1 agreement and perplexity on held-out synthetic text and on benchmark contexts.
+def remember_reference(job: EvaluateJob, divergence: Divergence) -> tuple[dict[str, HeldOut], int]:
+    """The reference's part of the divergence, and the width of the vocabularies. It runs before the model is loaded:
+    the device holds one of them at a time.
 
     Raises UserError when the vocabularies differ.
     """
-    from recovery.measure import measure
+    from recovery.measure import remember
     from recovery.models import load_model
     from recovery.vocabulary import load_vocabulary, used_width
 
     given = divergence.reference
     width = used_width(load_vocabulary(given.path, given.revision), load_vocabulary(job.model.path, job.model.revision))
     reference = load_model(given, job.dtype)
-    results: dict[str, Any] = {"held_out": None, "contexts": None}
+    texts = {}
     for name, text in (("held_out", divergence.corpus), ("contexts", divergence.contexts)):
-        if text is None:
-            continue
-        tokens = read_split(text.path, "held_out")
-        check_ids(tokens, width, str(text.path))
-        results[name] = asdict(measure(model, reference, tokens, width, MEASURE_TOKENS, f"KL on {name}"))
+        if text is not None:
+            tokens = read_split(text.path, "held_out")
+            check_ids(tokens, width, str(text.path))
+            texts[name] = remember(reference, tokens, width, MEASURE_TOKENS, f"reference on {name}")
+    return texts, width
+
+
+def measure_divergence(texts: Mapping[str, HeldOut], width: int, model: Any) -> dict[str, Any]:
+    """KL to the reference, top-1 agreement and perplexity on held-out synthetic text and on benchmark contexts."""
+    from recovery.measure import measure_on
+
+    results: dict[str, Any] = {"held_out": None, "contexts": None}
+    for name, text in texts.items():
+        results[name] = asdict(measure_on(text, model, width, f"KL on {name}"))
         log.info("%s: KL %.4f, top-1 agreement %.1f%%", name, results[name]["kl"], 100 * results[name]["top1"])
     return results
 
@@ -116,9 +131,15 @@ def produce(job: EvaluateJob, workspace: Workspace) -> dict[str, Any]:
     if not chosen and job.divergence is None:  # the reference, where nothing is scored
         write_json(workspace.path / "scores.json", summarize({}))
         return {"splits": {}}
+    missing = job.divergence is not None and not (workspace.path / DIVERGENCE).exists()
+    compared = remember_reference(job, job.divergence) if job.divergence is not None and missing else None
     model = load_model(job.model, job.dtype)
     if job.adapter is not None:
         model = load_adapter(model, job.adapter.path)
+    if compared is not None:
+        write_json(workspace.path / DIVERGENCE, measure_divergence(*compared, model))
+        workspace.tick()
+        del compared
     # A GGUF file has the reference's tokens, which was checked, but transformers may read its tokenizer otherwise.
     given = job.divergence.reference if job.divergence is not None and is_gguf(job.model.path) else job.model
     tokenizer = load_tokenizer(given.path, given.revision)
@@ -133,9 +154,6 @@ def produce(job: EvaluateJob, workspace: Workspace) -> dict[str, Any]:
     write_json(workspace.path / "scores.json", scores)
     if job.tasks:
         log.info("average accuracy %.1f%% over %d tasks", 100 * scores["average"], len(job.tasks))
-    if job.divergence is not None and not (workspace.path / "divergence.json").exists():
-        write_json(workspace.path / "divergence.json", measure_divergence(job, job.divergence, model))
-        workspace.tick()
     return {"splits": {name: items.split for name, items in chosen.items()}, "batch_tokens": batch_tokens}
 
 

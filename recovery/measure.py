@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,6 +71,24 @@ def measure(
         return held_out.measure(lambda: nullcontext(head), lambda batch: final_hidden(student, batch), description)
 
 
+def remember(reference: Any, tokens: Tokens, width: int, micro_batch_tokens: int, description: str) -> HeldOut:
+    """The text with the reference's final states (on the host, in its dtype) and head: the rest of the reference may
+    go before the model that is compared with it comes onto the device."""
+    held_out = HeldOut(
+        tokens, OnlineTeacher(reference, width), causal_lm(reference).device, micro_batch_tokens, keep=True
+    )
+    with packed(causal_lm(reference)):
+        held_out.remember(description)
+    return held_out
+
+
+def measure_on(held_out: HeldOut, student: Any, width: int, description: str) -> Measurement:
+    """`measure` on a text whose reference was remembered."""
+    head = head_of(student, width)
+    with packed(causal_lm(student)):
+        return held_out.measure(lambda: nullcontext(head), lambda batch: final_hidden(student, batch), description)
+
+
 @torch.no_grad()
 def measure_streams(reference: Any, student: Any, pairs: Iterable[tuple[Stream, Stream]], width: int) -> Measurement:
     """The same of texts that were carried to the end of the layers (recovery.layerwise): the reference's and the
@@ -100,7 +118,8 @@ class HeldOut:
         keep: bool = False,
     ) -> None:
         self._tokens = tokens
-        self._teacher = teacher
+        self._teacher: DenseTeacher | None = teacher
+        self._head = teacher.head
         self._device = device
         self._rows = micro_batches_of(tokens, micro_batch_tokens)
         self._kept: dict[int, Tensor] | None = {} if keep else None
@@ -108,11 +127,27 @@ class HeldOut:
     def _targets(self, number: int, batch: Batch) -> DenseTargets:
         kept = None if self._kept is None else self._kept.get(number)
         if kept is not None:
-            return DenseTargets(kept.to(self._device), self._teacher.head)
+            return DenseTargets(kept.to(self._device), self._head)
+        assert self._teacher is not None, "a text that was remembered has all of its states"
         targets = self._teacher.targets(batch, self._teacher.fetch(batch.rows))
         if self._kept is not None:
             self._kept[number] = targets.hidden_NG.cpu()
         return targets
+
+    def remember(self, description: str) -> None:
+        """Take in all of the reference's states; it is not asked again."""
+        for number, batch in self._batches(description):
+            self._targets(number, batch)
+        self._teacher = None
+
+    def _batches(self, description: str | None) -> Iterator[tuple[int, Batch]]:
+        bar = progress(int(self._tokens.lengths.sum()), "tok", description) if description else None
+        for number, rows in enumerate(self._rows):
+            yield number, collate(self._tokens, rows).to(self._device)
+            if bar is not None:
+                bar.update(int(sum(self._tokens.lengths[row] for row in rows)))
+        if bar is not None:
+            bar.close()
 
     @torch.no_grad()
     def measure(
@@ -126,15 +161,9 @@ class HeldOut:
         hidden_of: a batch to the student's final hidden states (T, H). description: show a progress bar.
         """
         tally = Tally()
-        bar = progress(int(self._tokens.lengths.sum()), "tok", description) if description else None
-        for number, rows in enumerate(self._rows):
-            batch = collate(self._tokens, rows).to(self._device)
+        for number, batch in self._batches(description):
             hidden_NH = hidden_of(batch)[batch.loss_N]
             targets = self._targets(number, batch)
             with head() as student_head:
                 tally.add(batch, compare(hidden_NH, student_head, targets, batch.next_N))
-            if bar is not None:
-                bar.update(int(sum(self._tokens.lengths[row] for row in rows)))
-        if bar is not None:
-            bar.close()
         return tally.measurement()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import weakref
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
+import recovery.models
 from eval import contexts, evaluate
 from eval.config import BenchmarkData, ContextsJob, Divergence, EvaluateJob
 from eval.tasks import benchmark_data, load_items
@@ -178,6 +181,26 @@ def test_divergence_from_itself_is_nothing_and_from_another_model_is_not(
     found = read_json(apart / "divergence.json")
     assert found["held_out"]["kl"] > 0.05
     assert found["contexts"] == found["held_out"]
+
+
+def test_one_model_is_held_at_a_time(
+    models: dict[str, Path], data: BenchmarkData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    text = build(contexts_job(tmp_path / "text", models["llama"], data), contexts.produce, resumable=False)
+    given = ArtifactInput(path=text, digest=read_manifest(text)["identity"])
+    real, loaded, alive = recovery.models.load_model, list[weakref.ref[Any]](), list[int]()
+
+    def load(*arguments: Any, **named: Any) -> Any:
+        gc.collect()
+        alive.append(sum(one() is not None for one in loaded))
+        model = real(*arguments, **named)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(recovery.models, "load_model", load)
+    divergence = Divergence(reference=model_input(models["llama"]), corpus=given, contexts=given)
+    run(job_for(tmp_path / "a", models["llama"], data, tasks=("boolq",), divergence=divergence))
+    assert alive == [0, 0]
 
 
 def test_the_reference_is_scored_once_for_every_recipe(models: dict[str, Path], data: BenchmarkData, tmp_path: Path):
