@@ -7,6 +7,7 @@ parameter name, so that no pickle is read back and a run may go on under another
 from __future__ import annotations
 
 import contextlib
+import datetime
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -29,6 +30,9 @@ from recovery.partition import gathered
 from recovery.targets import DenseTargets, NoTargets, Targets
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+START_WAIT = datetime.timedelta(hours=1)
+"""The others wait while the first rank hashes the inputs, a cache of hundreds of GB among them. A rank that dies,
+freezes or is cut off is noticed by its heartbeat, within half a minute."""
 
 
 def start_distributed() -> tuple[int, int]:
@@ -51,7 +55,7 @@ def start_distributed() -> tuple[int, int]:
         # No launcher: a group of one needs no port.
         torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         os.environ.setdefault("LOCAL_RANK", "0")
-    deepspeed.init_distributed(backend, verbose=False)
+    deepspeed.init_distributed(backend, timeout=START_WAIT, verbose=False)
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     heartbeat.start(rank, ranks)
     return rank, ranks
