@@ -110,7 +110,7 @@ test-multinode: install install-vllm assets ## training on two hosts of this mac
 
 test-services: install ## MLflow on PostgreSQL and its outage, reports and MLflow's pages in a browser; wants root once: 5 minutes
 	@tests/services/install.sh
-	@$(BIN)/python -m pytest -m services
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m services -n $(TEST_PROCESSES) --dist load
 
 test-matrix: install ## the same losses on every layout of ranks, ZeRO stages, teachers and hosts; wants root: 15 minutes
 	@tests/multinode/install.sh

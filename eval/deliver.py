@@ -30,7 +30,7 @@ from recovery.config import ModelInput
 from recovery.corpus import Tokens, read_split
 from recovery.errors import Unavailable
 from recovery.files import read_json, write_atomic, write_json
-from recovery.measure import measure
+from recovery.measure import measure_on, remember
 from recovery.models import device, load_model
 from recovery.sources import load_tokenizer
 from recovery.stage import run_stage
@@ -100,29 +100,36 @@ def produce(job: DeliverJob, workspace: Workspace) -> dict[str, Any]:
     theirs, own = (load_vocabulary(model.path, model.revision) for model in (job.reference, job.degraded))
     width = used_width(theirs, own)
     text = read_split(job.corpus.path, "held_out")
+    # One model at a time is on the device.
     reference = load_model(job.reference, job.dtype)
+    remembered = remember(reference, text, width, MEASURE_TOKENS, "reference")
+    expected = next_logits(reference, text, width) if job.served else []
+    del reference
+
+    def with_adapter(at: Path) -> Any:
+        return load_adapter(load_model(job.degraded, job.dtype), at)
 
     def check(form: str, model: Any, logits: list[Tensor], adapted: list[Tensor]) -> Check:
-        kl = measure(model, reference, text, width, MEASURE_TOKENS, f"KL of {form}").kl
+        kl = measure_on(remembered, model, width, f"KL of {form}").kl
         found = Check(form, kl, scored, *compare_greedy(adapted, logits, ROUNDING[job.dtype]))
         differ = f"{found.tokens_different} of {found.tokens_compared} greedy tokens differ"
         log.info("%s: KL %.4f, scored %.4f; %s", form, kl, scored, differ)
         return found
 
-    recovered = load_adapter(load_model(job.degraded, job.dtype), folder)
+    recovered = with_adapter(folder)
     adapted = next_logits(recovered, text, width)
     checks = [check("adapter", recovered, adapted, adapted)]
+    del recovered
     if ranks_in(folder) is not None:
         write_uniform(folder, folder / UNIFORM)
-        uniform = load_adapter(load_model(job.degraded, job.dtype), folder / UNIFORM)
+        uniform = with_adapter(folder / UNIFORM)
         checks.append(check("uniform", uniform, next_logits(uniform, text, width), adapted))
         del uniform
     if job.served:
-        checks.append(check_served(job, text, adapted, next_logits(reference, text, width), checks[0].kl, scored))
+        checks.append(check_served(job, text, adapted, expected, checks[0].kl, scored))
     if job.merged or job.gguf:
         merged = folder / "merged"
-        write_merged(job, recovered, merged)
-        del recovered
+        write_merged(job, with_adapter(folder), merged)
         if job.merged:
             whole = load_model(ModelInput(path=str(merged), digest=""), job.dtype)
             checks.append(check("merged", whole, next_logits(whole, text, width), adapted))
