@@ -223,6 +223,7 @@ def run_stage(
     except BaseException as error:
         if isinstance(error, SystemExit):
             raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the other ranks while they are leaving
         code = exit_code_of(error)
         how = "interrupted" if code == EXIT_INTERRUPTED else "failed"
         exit_file = exit_file_of(arguments.job)
@@ -230,6 +231,7 @@ def run_stage(
         if "RANK" in os.environ and (code == EXIT_USER or (code == EXIT_INTERRUPTED and not exit_file.exists())):
             write_atomic(exit_file, str(code))
         log.debug("%s%s", LAST_WORDS, first_line(error))  # which the log file keeps
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.stdout.flush()
     sys.stderr.flush()
     heartbeat.leave(how)
