@@ -18,7 +18,7 @@ import torch
 from recovery.adapters import load_adapter
 from recovery.calibration import FORWARD_TOKENS, calibration_rows
 from recovery.corpus import Tokens
-from recovery.measure import measure
+from recovery.measure import HeldOut, measure_on, remember
 from recovery.placement import counterparts, matrices
 
 
@@ -88,8 +88,16 @@ def as_much(learned: Tokens, held_out: Tokens) -> Tokens:
 
 
 def kl_to(reference: Any, width: int) -> Callable[[Any, Tokens, str], float]:
-    """A model's KL to the reference on a text; the last argument names it for the progress bar."""
-    return lambda model, tokens, what: measure(model, reference, tokens, width, FORWARD_TOKENS, what).kl
+    """A model's KL to the reference on a text; the last argument names it for the progress bar. The reference reads
+    each text once."""
+    texts: dict[int, HeldOut] = {}
+
+    def kl(model: Any, tokens: Tokens, what: str) -> float:
+        if id(tokens) not in texts:
+            texts[id(tokens)] = remember(reference, tokens, width, FORWARD_TOKENS, "reference")
+        return measure_on(texts[id(tokens)], model, width, what).kl
+
+    return kl
 
 
 def limits_of_whole(
