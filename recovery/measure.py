@@ -61,16 +61,6 @@ class Tally:
         return Measurement(kl, top1, float(np.exp(nll)), float(np.exp(reference_nll)), count, by_sample)
 
 
-def measure(
-    student: Any, reference: Any, tokens: Tokens, width: int, micro_batch_tokens: int, description: str
-) -> Measurement:
-    """Compare two causal LMs (PEFT models too) on every position of `tokens` that predicts a token."""
-    held_out = HeldOut(tokens, OnlineTeacher(reference, width), causal_lm(reference).device, micro_batch_tokens)
-    head = head_of(student, width)
-    with packed(causal_lm(student)), packed(causal_lm(reference)):
-        return held_out.measure(lambda: nullcontext(head), lambda batch: final_hidden(student, batch), description)
-
-
 def remember(reference: Any, tokens: Tokens, width: int, micro_batch_tokens: int, description: str) -> HeldOut:
     """The text with the reference's final states (on the host, in its dtype) and head: the rest of the reference may
     go before the model that is compared with it comes onto the device."""
@@ -83,7 +73,7 @@ def remember(reference: Any, tokens: Tokens, width: int, micro_batch_tokens: int
 
 
 def measure_on(held_out: HeldOut, student: Any, width: int, description: str) -> Measurement:
-    """`measure` on a text whose reference was remembered."""
+    """Compare a causal LM (a PEFT model too) on every position of the text that predicts a token."""
     head = head_of(student, width)
     with packed(causal_lm(student)):
         return held_out.measure(lambda: nullcontext(head), lambda batch: final_hidden(student, batch), description)

@@ -10,7 +10,9 @@ from launch.cluster import Cluster
 from launch.recipe import Recipe
 from launch.resolve import check_models, resolve_names
 from launch.stages import Stage, build_stages
+from recovery.corpus import Tokens
 from recovery.files import HashMemory
+from recovery.measure import Measurement, measure_on, remember
 from recovery.stage import build
 
 LOCAL = Cluster(name="test", device="cpu")
@@ -70,6 +72,13 @@ def tiny_recipe(reference: Path, data_dir: Path, **changes: Any) -> Recipe:
         else:
             content[section] = fields
     return Recipe.model_validate({key: value for key, value in content.items() if value is not None})
+
+
+def measure(
+    student: Any, reference: Any, tokens: Tokens, width: int, micro_batch_tokens: int, description: str
+) -> Measurement:
+    """Compare two models that are both at hand."""
+    return measure_on(remember(reference, tokens, width, micro_batch_tokens, description), student, width, description)
 
 
 def stages_of(recipe: Recipe, runs_dir: Path) -> dict[str, Stage]:

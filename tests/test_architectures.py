@@ -16,12 +16,11 @@ from recovery.batches import Batch, collate
 from recovery.config import ModelInput
 from recovery.corpus import Tokens, read_split
 from recovery.loss import forward_kl
-from recovery.measure import measure
 from recovery.models import causal_lm, final_hidden, head_of, load_model
 from recovery.placement import select
 from recovery.vocabulary import load_vocabulary, used_width
 from tests.conftest import ARCHITECTURES
-from tests.pipeline import make_benchmarks, run_in_process, tiny_recipe
+from tests.pipeline import make_benchmarks, measure, run_in_process, tiny_recipe
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,9 @@ from datagen.labelled import ids_of, turns_of
 from recovery.config import ModelInput
 from recovery.corpus import read_split
 from recovery.errors import UserError
-from recovery.measure import measure
 from recovery.models import load_model
 from recovery.stage import build
-from tests.pipeline import job_of, make_benchmarks, run_in_process, tiny_recipe
+from tests.pipeline import job_of, make_benchmarks, measure, run_in_process, tiny_recipe
 
 WHOLE = {"parameters": "all", "learning_rate": 2e-3, "epochs": 6}
 

@@ -22,11 +22,10 @@ from recovery.curvature import Sensitivity, drawn, sensitivities
 from recovery.errors import UserError
 from recovery.layerwise import begin, layers_of
 from recovery.limits import put_right
-from recovery.measure import measure
 from recovery.models import check_training_path, final_hidden, head_of
 from recovery.stage import build
 from tests.conftest import ARCHITECTURES
-from tests.pipeline import job_of, tiny_recipe
+from tests.pipeline import job_of, measure, tiny_recipe
 from tests.test_repair import CPU, model_at, repair_with, width_of
 
 Prepared = tuple[Path, Path, Path]

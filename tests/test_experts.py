@@ -12,9 +12,8 @@ from safetensors.torch import load_file
 
 from recovery.config import Adapter
 from recovery.errors import UserError
-from recovery.measure import measure
 from recovery.placement import check_adapter, expert_parameters, select
-from tests.pipeline import make_benchmarks, run_in_process, tiny_recipe
+from tests.pipeline import make_benchmarks, measure, run_in_process, tiny_recipe
 from tests.test_curvature import text_of
 from tests.test_repair import model_at, width_of
 

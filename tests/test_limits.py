@@ -19,9 +19,8 @@ from recovery.config import ForwardKL
 from recovery.corpus import read_split
 from recovery.errors import Unavailable
 from recovery.limits import Limits, limits_of, put_right
-from recovery.measure import measure
 from recovery.stage import LAST_WORDS
-from tests.pipeline import job_of, make_benchmarks, run_in_process, tiny_recipe
+from tests.pipeline import job_of, make_benchmarks, measure, run_in_process, tiny_recipe
 from tests.test_repair import model_at, width_of
 
 

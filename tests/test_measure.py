@@ -11,8 +11,8 @@ import torch
 
 from recovery.config import ModelInput
 from recovery.corpus import Tokens
-from recovery.measure import measure
 from recovery.models import load_model
+from tests.pipeline import measure
 
 
 def test_every_sample_has_its_own_kl(tiny: Path):

@@ -20,12 +20,11 @@ from recovery.config import ModelInput
 from recovery.corpus import read_split
 from recovery.errors import UserError
 from recovery.files import HashMemory
-from recovery.measure import measure
 from recovery.models import load_model
 from recovery.vocabulary import load_vocabulary, used_width
 from tests.conftest import make_model
 from tests.packed import write_fp8, write_gguf, write_integers, write_nf4
-from tests.pipeline import job_of, make_benchmarks, run_in_process, tiny_recipe
+from tests.pipeline import job_of, make_benchmarks, measure, run_in_process, tiny_recipe
 
 KINDS = ("fp8", "nf4", "gguf", "gptq", "awq")
 

@@ -26,13 +26,12 @@ from recovery.config import ModelInput
 from recovery.corpus import read_split
 from recovery.errors import Unavailable, UserError
 from recovery.layerwise import begin, end, layers_of, on_device, output_of
-from recovery.measure import measure
 from recovery.models import check_training_path, final_hidden, load_model
 from recovery.stage import build
 from recovery.survey import differing
 from recovery.vocabulary import load_vocabulary, used_width
 from tests.conftest import ARCHITECTURES, REPOSITORY
-from tests.pipeline import job_of, make_benchmarks, run_in_process, tiny_recipe
+from tests.pipeline import job_of, make_benchmarks, measure, run_in_process, tiny_recipe
 
 SEQUENTIAL = {"init": "closed_form_sequential", "rank": 8}
 CPU = torch.device("cpu")

@@ -27,7 +27,6 @@ from recovery.corpus import read_split
 from recovery.deepspeed_config import FOLDER
 from recovery.engine import start_distributed
 from recovery.errors import Unavailable, UserError
-from recovery.measure import measure
 from recovery.models import checkpoint_activations, load_model
 from recovery.stage import build
 from recovery.tracking import Tracker
@@ -36,7 +35,7 @@ from recovery.training_run import Run, learning_rates, set_up, steps_below_the_p
 from recovery.vocabulary import load_vocabulary, used_width
 from recovery.watch import advice, advice_on_warmup
 from tests.conftest import REPOSITORY
-from tests.pipeline import job_of, make_benchmarks, run_in_process, tiny_recipe
+from tests.pipeline import job_of, make_benchmarks, measure, run_in_process, tiny_recipe
 
 SHORT = {"epochs": 2, "checkpoint_every": 5, "evaluate_every": 6}
 
