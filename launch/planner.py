@@ -144,9 +144,8 @@ def memory(task: Task, layout: Layout, rehearsed: Rehearsal) -> Memory:
         buffers = zero.reduce_elements * (4 if zero.stage == 1 else width)
     if divided:
         pieces = 1 / devices + (1 / zero.secondary if zero.secondary > 1 else 0)
-        gathered = [
-            min(model.total, zero.live_elements * width) for model in (own, theirs)[: 1 + (online and in_pieces)]
-        ]
+        models = (own, theirs) if online and in_pieces else (own,)
+        gathered = [min(model.total, zero.live_elements * width) for model in models]
         # One model after the other; a CPU's heap does not give back what the first one took.
         buffers += max(gathered) if task.rates.gpu else sum(gathered)
         student *= 0 if zero.offload_weights else pieces
@@ -156,9 +155,8 @@ def memory(task: Task, layout: Layout, rehearsed: Rehearsal) -> Memory:
         reference -= own.total * task.same_share
     if not online and not task.head_is_same:
         reference += theirs.head
-    learning = rehearsed.trainable * (
-        4 + (0 if all_learn else width)
-    )  # gradients; and adapters, which the model is not
+    # Gradients are added up in float32; adapters are no part of the model.
+    learning = rehearsed.trainable * (4 + (0 if all_learn else width))
     optimizer = 0 if zero.offload_optimizer and task.rates.gpu else rehearsed.trainable * 16 / devices
     peak = rehearsed.peak(targets_of(layout), online=online)
     whole = (own.total + (theirs.total if online else 0)) / (devices if in_pieces else 1)

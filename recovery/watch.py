@@ -12,7 +12,7 @@ import torch
 
 from recovery.files import held_out_lines
 from recovery.measure import Measurement
-from recovery.models import device
+from recovery.models import device, of_first_rank
 
 
 def advice(kls: list[float]) -> str | None:
@@ -50,12 +50,8 @@ class Watch:
     @classmethod
     def of(cls, folder: Path, *, leader: bool) -> Watch:
         """What earlier processes have measured, as the leader reads it."""
-        found: list[Any] = [None]
-        if leader:
-            own = held_out_lines(folder)
-            found[0] = ([line["step"] for line in own], [line["kl"] for line in own])
-        torch.distributed.broadcast_object_list(found, 0)
-        return cls(*found[0])
+        own = of_first_rank(held_out_lines(folder) if leader else [], torch.distributed.get_world_size())
+        return cls([line["step"] for line in own], [line["kl"] for line in own])
 
     def take(self, step: int, kl: float) -> bool:
         """Note a measurement; whether it is the best so far. The leader's figure counts on every rank."""
