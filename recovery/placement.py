@@ -24,7 +24,8 @@ EXPERTS_OLD_NAMES = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", 
 
 
 def linear_modules(model: Any, *, head: bool = False) -> dict[str, Any]:
-    """All `nn.Linear` modules by full name. head: the output head too, where it has weights of its own."""
+    """All `nn.Linear` modules by full name, but for gates of one output: Qwen2-MoE's of its shared expert routes as its
+    routers do, which are no such modules. head: the output head too, where it has weights of its own."""
     from torch import nn
 
     output = model.get_output_embeddings()
@@ -32,7 +33,7 @@ def linear_modules(model: Any, *, head: bool = False) -> dict[str, Any]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and (module is not output or (head and not tied))
+        if isinstance(module, nn.Linear) and module.out_features > 1 and (module is not output or (head and not tied))
     }
 
 

@@ -17,7 +17,7 @@ import torch
 torch.set_num_threads(1)  # more cost tiny models more than they give
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-ARCHITECTURES = ("llama", "olmo", "gemma2", "qwen2", "gemma3", "phi3", "deepseek_v3", "mixtral")
+ARCHITECTURES = ("llama", "olmo", "gemma2", "qwen2", "gemma3", "phi3", "deepseek_v3", "mixtral", "qwen2_moe")
 WITH_BOS = ("llama", "gemma2", "gemma3")
 """Kinds whose tokenizer puts a beginning-of-text id in front."""
 SIZES = {
@@ -48,7 +48,8 @@ def make_tokenizer(*, bos: bool, extra: tuple[str, ...] = ()) -> Any:
 
 def make_config(kind: str, vocabulary: int) -> Any:
     """MHA OLMo, GQA Llama, Gemma2 (soft caps, sliding window), Qwen2 (biases, padded head), Gemma3 (MQA, a window in
-    every other layer), Phi3 (fused projections), DeepSeek-V3 (MLA, experts beside a shared one), Mixtral (experts)."""
+    every other layer), Phi3 (fused projections), DeepSeek-V3 (MLA, experts beside a shared one), Mixtral (experts),
+    Qwen2-MoE (experts beside a shared one behind a gate of one output)."""
     from transformers import (
         DeepseekV3Config,
         Gemma2Config,
@@ -58,6 +59,7 @@ def make_config(kind: str, vocabulary: int) -> Any:
         OlmoConfig,
         Phi3Config,
         Qwen2Config,
+        Qwen2MoeConfig,
     )
 
     common: dict[str, Any] = {
@@ -110,6 +112,15 @@ def make_config(kind: str, vocabulary: int) -> Any:
             )
         case "mixtral":
             return MixtralConfig(**common, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
+        case "qwen2_moe":
+            return Qwen2MoeConfig(
+                **common,
+                num_key_value_heads=2,
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=64,
+                shared_expert_intermediate_size=64,
+            )
     raise AssertionError(kind)
 
 

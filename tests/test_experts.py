@@ -17,7 +17,7 @@ from tests.pipeline import make_benchmarks, measure, run_in_process, tiny_recipe
 from tests.test_curvature import text_of
 from tests.test_repair import model_at, width_of
 
-KINDS = ("mixtral", "deepseek_v3")
+KINDS = ("mixtral", "deepseek_v3", "qwen2_moe")
 DAMAGE = {"kind": "gaussian_noise", "relative_std": 0.5, "modules": ["experts.gate_up_proj", "experts.down_proj"]}
 
 

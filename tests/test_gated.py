@@ -20,7 +20,8 @@ OTHERS = ("phi3", "mixtral")
 
 def an_mlp(models: dict[str, Path], kind: str) -> Any:
     model = load_model(ModelInput(path=str(models[kind]), digest=""), "float32").double()
-    return model.get_decoder().layers[0].mlp.requires_grad_(True)
+    mlp = model.get_decoder().layers[0].mlp.requires_grad_(True)
+    return getattr(mlp, "shared_expert", mlp)
 
 
 def passed(mlp: Any, x: Tensor) -> tuple[list[Tensor], int]:
