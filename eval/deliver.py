@@ -120,7 +120,7 @@ def produce(job: DeliverJob, workspace: Workspace) -> dict[str, Any]:
     adapted = next_logits(recovered, text, width)
     checks = [check("adapter", recovered, adapted, adapted)]
     del recovered
-    if ranks_in(folder) is not None:
+    if ranks_in(folder) is not None and not config.get("target_parameters"):  # vLLM has no adapters of experts
         write_uniform(folder, folder / UNIFORM)
         uniform = with_adapter(folder / UNIFORM)
         checks.append(check("uniform", uniform, next_logits(uniform, text, width), adapted))

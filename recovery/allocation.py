@@ -1,13 +1,14 @@
-"""Where ranks buy most: a budget of adapter parameters spread over the damaged modules.
+"""Where ranks buy most: a budget of adapter parameters spread over the damaged matrices.
 
-Every singular direction of a module's wanted change, in the metric of recovery.closed_form with recovery.curvature's
+Every singular direction of a matrix' wanted change, in the metric of recovery.closed_form with recovery.curvature's
 G, saves half its square in nats a token and costs inputs + outputs parameters. The dearest come first: directions of a
-module are in falling order, so what is taken is the first ranks of each.
+matrix are in falling order, so what is taken is the first ranks of each. A layer's experts, which have one rank, are
+bought together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from recovery.curvature import Sensitivity
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Of one module."""
+    """Of one matrix, or of one parameter of a layer's experts."""
 
     gains_K: Tensor
     """float64, falling: nats a token that the first, second, ... rank saves, to second order"""
@@ -30,13 +31,18 @@ class Spectrum:
 def spectrum(
     reference_OI: Tensor, degraded_OI: Tensor, sensitivity: Sensitivity, damping: float, output_damping: float
 ) -> Spectrum:
-    assert sensitivity.inputs is not None, "made without the moments of the inputs"
     outputs = OutputMetric(sensitivity.curvature, output_damping)
-    change_OI = Metric(sensitivity.inputs, damping).whitened(reference_OI, degraded_OI, 0.0, outputs)
+    change_OI = Metric(sensitivity.moments, damping).whitened(reference_OI, degraded_OI, 0.0, outputs)
     # Of the smaller Gram matrix: many times faster than a singular value decomposition, and exact enough to compare.
     gram = change_OI @ change_OI.T if len(change_OI) <= change_OI.shape[1] else change_OI.T @ change_OI
     energies_K = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0.0)
-    return Spectrum((0.5 * outputs.mean * energies_K).cpu(), sum(reference_OI.shape))
+    return Spectrum((0.5 * sensitivity.share * outputs.mean * energies_K).cpu(), sum(reference_OI.shape))
+
+
+def of_experts(spectra: Sequence[Spectrum], experts: int) -> Spectrum:
+    """Of all experts' matrices, with one rank for all of them. spectra: of those that tokens came by."""
+    gains_K = torch.stack([one.gains_K for one in spectra]).sum(0)
+    return Spectrum(gains_K, experts * spectra[0].parameters)
 
 
 def allocate(spectra: Mapping[str, Spectrum], budget: int) -> dict[str, int]:

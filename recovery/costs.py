@@ -20,14 +20,16 @@ from recovery.batches import Batch
 from recovery.calibration import batches_of
 from recovery.corpus import Tokens
 from recovery.curvature import sensitivities
+from recovery.experts import Matrix, matrix_at
 from recovery.layerwise import Stream, begin, layers_of, on_device, output_of
 from recovery.measure import Measurement, measure_streams
 from recovery.models import check_training_path, device, share_equal
+from recovery.placement import adaptable, matrices
 from recovery.progress import progress
-from recovery.survey import differing, names_by_layer, spectrum_of
+from recovery.survey import differing, names_by_layer, spectra_in
 
 Places = frozenset[str]
-"""Full names of modules with adapters."""
+"""Full names of matrices with adapters."""
 DAMPING = 1e-4
 """Of both metrics: next to nothing, as the estimates are to be those of the damage itself."""
 
@@ -62,7 +64,8 @@ class Costs:
     floor: float
     """KL with all of `nats`' matrices put right: of damage that adapters on them do not reach"""
     nats: dict[str, float]
-    """KL that each damaged linear module of the layers causes by itself, to second order"""
+    """KL that each damaged matrix of the layers (of experts, all together) causes by itself, to second order; of those
+    that may have adapters"""
     restored: tuple[Restored, ...]
     forecasts: tuple[Forecast, ...]
 
@@ -74,7 +77,7 @@ class Weighed:
     costs: Costs
     spectra: dict[str, Spectrum]
     floors: dict[Places, float]
-    """KL with just these modules put right"""
+    """KL with just these matrices put right"""
 
 
 def saturation(total: float, kl: float) -> float:
@@ -156,14 +159,14 @@ def weigh(
         return found, measure_streams(reference, degraded, pairs, width)
 
     def with_right(names: Sequence[str]) -> float:
-        """KL with these modules put right for a moment."""
-        modules = [degraded.get_submodule(name) for name in names]
-        wrong = [module.weight.data for module in modules]
-        for name, module in zip(names, modules, strict=True):
-            module.weight.data = reference.get_submodule(name).weight.data
+        """KL with these matrices put right for a moment."""
+        own, theirs = matrices(degraded), matrices(reference)
+        wrong = {name: own[name].data for name in names}
+        for name in names:
+            own[name].data = theirs[name].data
         found = measured()[1].kl
-        for module, weight in zip(modules, wrong, strict=True):
-            module.weight.data = weight
+        for name, data in wrong.items():
+            own[name].data = data
         return found
 
     drift, before = measured()
@@ -185,19 +188,19 @@ def weigh(
 
 
 def spectra_of(reference: Any, degraded: Any, batches: Sequence[Batch], width: int, seed: int) -> dict[str, Spectrum]:
-    """Of every damaged linear module in the layers, in the model's order; not of experts."""
-    names = differing(reference, degraded)
+    """Of every damaged matrix in the layers that may have an adapter, in the model's order."""
+    damaged = differing(reference, degraded)
+    names = adaptable(reference, damaged) if damaged else []
     inside = names_by_layer(reference, names)
 
-    def modules_of(number: int) -> dict[str, Any]:
-        return {name: reference.get_submodule(name) for name in inside[number].values()}
+    def matrices_of(number: int) -> dict[str, Matrix]:
+        return {inner: matrix_at(reference, name) for inner, name in inside[number].items()}
 
     streams = [begin(reference, batch) for batch in batches]
     spectra: dict[str, Spectrum] = {}
     bar = progress(len(inside), "layer", "cost")
-    for _, found in sensitivities(reference, streams, modules_of, width, seed, device(), with_inputs=True):
-        for name, one in found.items():
-            spectra[name] = spectrum_of(reference, degraded, name, one, DAMPING, DAMPING)
+    for number, found in sensitivities(reference, streams, matrices_of, width, seed, device(), with_inputs=True):
+        spectra |= spectra_in(reference, degraded, inside[number], found, DAMPING, DAMPING)
         bar.update(1)
     bar.close()
     return {name: spectra[name] for name in names if name in spectra}

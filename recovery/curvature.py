@@ -9,6 +9,8 @@ a change D of the layer's weights costs
 
 The gradients are made layer by layer, from the last to the first: a layer is computed again from its stored input, so
 only one layer needs to be on the device, and no more than the states between layers is kept.
+
+An expert is a matrix of its own, of the tokens that are routed to it: its costs count for their share of all tokens.
 """
 
 from __future__ import annotations
@@ -18,59 +20,81 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recovery.closed_form import Moments
+from recovery.experts import Matrix, Part
 from recovery.head import Head
 from recovery.layerwise import Stream, back_through, back_through_end, layers_of, on_device, output_of
 from recovery.loss import chunks
 from recovery.models import head_of
 
 WIDEST = 4096
-"""Outputs of the widest layer whose whole G is kept; of a wider one its diagonal."""
+"""Outputs of the widest layer whose whole G is kept; of a wider one its diagonal. So for the inputs of experts."""
 
 
 @dataclass
 class Sensitivity:
-    """Of one module, over the calibration tokens; float64 sums on the device."""
+    """Of one matrix, over the calibration tokens that it sees; float64 sums on the device."""
 
     gradients: Tensor
     """sum of g g^T (O, O), or of g^2 (O)"""
-    inputs: Moments | None
+    inputs: Tensor | None
+    """sum of x x^T (I, I), or of x^2 (I)"""
     tokens: Tensor
     """float64 scalar"""
+    share: float = 1.0
+    """of all tokens"""
 
     @classmethod
-    def zero(cls, module: Any, device: torch.device, *, with_inputs: bool) -> Sensitivity:
-        width = module.out_features
-        shape = (width, width) if width <= WIDEST else (width,)
-        inputs = Moments.zero(module.in_features, device) if with_inputs else None
-        count = torch.zeros((), dtype=torch.float64, device=device)
-        return cls(torch.zeros(shape, dtype=torch.float64, device=device), inputs, count)
+    def zero(cls, matrix: Matrix, device: torch.device, *, with_inputs: bool) -> Sensitivity:
+        """Of an expert, which there may be hundreds of, outputs have their diagonal only."""
+        expert = isinstance(matrix, Part)
+        outputs, inputs = matrix.shape if isinstance(matrix, Part) else matrix.weight.shape
+        return cls(
+            _zeros(outputs, device, whole=outputs <= WIDEST and not expert),
+            _zeros(inputs, device, whole=inputs <= WIDEST or not expert) if with_inputs else None,
+            torch.zeros((), dtype=torch.float64, device=device),
+        )
 
     def add(self, inputs_TI: Tensor, gradients_TO: Tensor) -> None:
-        wide_TO = gradients_TO.to(torch.promote_types(gradients_TO.dtype, torch.float32))
-        self.gradients += wide_TO.T @ wide_TO if self.gradients.dim() == 2 else wide_TO.square().sum(0)
-        self.tokens += len(wide_TO)
+        _add(self.gradients, gradients_TO)
+        self.tokens += len(gradients_TO)
         if self.inputs is not None:
-            self.inputs.add(inputs_TI, inputs_TI)
+            _add(self.inputs, inputs_TI)
 
     def all_reduce(self) -> None:
-        torch.distributed.all_reduce(self.gradients)
-        torch.distributed.all_reduce(self.tokens)
-        if self.inputs is not None:
-            self.inputs.all_reduce()
+        for tensor in (self.gradients, self.tokens, self.inputs):
+            if tensor is not None:
+                torch.distributed.all_reduce(tensor)
 
     @property
     def curvature(self) -> Tensor:
         """G, or its diagonal."""
         return self.gradients / self.tokens.clamp(min=1.0)
 
+    @property
+    def moments(self) -> Moments:
+        """Of the inputs, which must have been kept."""
+        assert self.inputs is not None, "made without the moments of the inputs"
+        own_II = self.inputs if self.inputs.dim() == 2 else torch.diag(self.inputs)
+        return Moments(own_II, own_II, self.tokens)
+
+
+def _zeros(width: int, device: torch.device, *, whole: bool) -> Tensor:
+    return torch.zeros((width, width) if whole else (width,), dtype=torch.float64, device=device)
+
+
+def _add(total: Tensor, rows_TN: Tensor) -> None:
+    """Second moments, or their diagonal; products in float32 at least."""
+    rows_TN = rows_TN.to(torch.promote_types(rows_TN.dtype, torch.float32))
+    total += rows_TN.T @ rows_TN if total.dim() == 2 else rows_TN.square().sum(0)
+
 
 def sensitivities(
     reference: Any,
     streams: Sequence[Stream],
-    modules_of: Callable[[int], Mapping[str, nn.Module]],
+    matrices_of: Callable[[int], Mapping[str, Matrix]],
     width: int,
     seed: int,
     device: torch.device,
@@ -78,11 +102,15 @@ def sensitivities(
     ranks: int = 1,
     with_inputs: bool = False,
 ) -> Iterator[tuple[int, dict[str, Sensitivity]]]:
-    """(layer, its modules' sensitivities by name), from the last layer to the first; over all ranks.
+    """(layer, its matrices' sensitivities by name), from the last layer to the first; over all ranks.
 
-    streams: texts in front of the first layer; spent afterwards. modules_of: the modules of a layer by name. width:
-    logits in use. The reference must have packed attention, and its layers lie on the CPU.
+    streams: texts in front of the first layer; spent afterwards. matrices_of: those of a layer by name; each expert's
+    is found as `<name>.<expert>`. width: logits in use. The reference must have packed attention, and its layers lie on
+    the CPU.
     """
+    tokens = torch.tensor(float(sum(len(stream.batch.ids_T) for stream in streams)), dtype=torch.float64, device=device)
+    if ranks > 1:
+        torch.distributed.all_reduce(tokens)
     layers = layers_of(reference)
     before: list[list[Tensor]] = []
     for number, layer in enumerate(layers):
@@ -93,8 +121,12 @@ def sensitivities(
     head = head_of(reference, width)
     behind = [back_through_end(reference, stream, drawn(stream, head, seed)) for stream in streams]
     for number in reversed(range(len(layers))):
-        layer, modules = layers[number], modules_of(number)
-        found = {name: Sensitivity.zero(module, device, with_inputs=with_inputs) for name, module in modules.items()}
+        layer, matrices = layers[number], matrices_of(number)
+        found = {
+            name: Sensitivity.zero(matrix, device, with_inputs=with_inputs)
+            for given, matrix in matrices.items()
+            for name in (matrix.names(given) if isinstance(matrix, Part) else (given,))
+        }
 
         def take(name: str, inputs_TI: Tensor, gradients_TO: Tensor) -> None:
             found[name].add(inputs_TI, gradients_TO)  # noqa: B023 - called before the loop goes on
@@ -102,10 +134,11 @@ def sensitivities(
         with on_device(device, layer):
             for place, (stream, states_1TH) in enumerate(zip(streams, before.pop(), strict=True)):
                 stream.states_1TH = states_1TH
-                behind[place] = back_through(layer, modules, number, stream, behind[place], device, take).cpu()
-        if ranks > 1:
-            for sensitivity in found.values():
+                behind[place] = back_through(layer, matrices, number, stream, behind[place], device, take).cpu()
+        for sensitivity in found.values():
+            if ranks > 1:
                 sensitivity.all_reduce()
+            sensitivity.share = float(sensitivity.tokens / tokens.clamp(min=1.0))
         yield number, found
 
 

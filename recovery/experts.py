@@ -1,27 +1,85 @@
-"""Closed forms for experts kept as 3-D parameters: gate_up_proj (E, 2 M, H) and down_proj (E, H, M).
+"""Experts kept as 3-D parameters, gate_up_proj (E, 2 M, H) and down_proj (E, H, M): their closed forms, and gradients.
 
-Each expert is a layer of its own, whose inputs are the tokens that were routed to it. The student's routing decides
-where tokens of both models are taken, so that every token has its counterpart.
+Each expert is a layer of its own, whose inputs are the tokens that were routed to it. In a closed form the student's
+routing decides where tokens of both models are taken, so that every token has its counterpart.
 
 E experts, T tokens, I inputs and O outputs of one matrix, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from recovery.closed_form import Factors, Metric, Moments
+from recovery.closed_form import Factors, Metric, Moments, OutputMetric
 
 Texts = Callable[[], Iterator[tuple[Any, Tensor]]]
 """The calibration texts as the experts are called with them, again at every call: the student's arguments (states
 (T, H), chosen experts (T, K), weights) and the reference's states (T, H)."""
 MOMENTS_BYTES = 1 << 32
 """Of the experts that are solved in one pass over the texts."""
+Take = Callable[[str, Tensor, Tensor], None]
+"""A matrix' name, its inputs (tokens, I) and the gradient to its outputs (tokens, O)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One parameter of a layer's experts, outside of adapters: a matrix for each of them."""
+
+    experts: Any
+    parameter: str
+    """gate_up_proj or down_proj"""
+
+    @property
+    def weights_EOI(self) -> Tensor:
+        return getattr(self.experts, self.parameter)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)"""
+        return (self.weights_EOI.shape[1], self.weights_EOI.shape[2])
+
+    def names(self, name: str) -> list[str]:
+        """Of the single experts; name: the parameter's."""
+        return [f"{name}.{expert}" for expert in range(len(self.weights_EOI))]
+
+
+Matrix = nn.Linear | Part
+"""What damage, adapters and costs are counted by."""
+
+
+def matrix_at(model: Any, name: str) -> Matrix:
+    """By the name that recovery.placement gives it."""
+    owner, _, last = name.rpartition(".")
+    module = model.get_submodule(owner)
+    found = getattr(module, last)
+    return Part(module, last) if isinstance(found, nn.Parameter) else found
+
+
+@torch.enable_grad()
+def gradients_of(names: Mapping[str, str], experts: Any, called: tuple[Any, ...], to_TH: Tensor, take: Take) -> None:
+    """Give `take` what each expert's matrices were given, and the gradients to what these made of it.
+
+    names: by parameter, of those that are wanted. called: the experts' arguments (states (T, H), chosen experts (T, K),
+    weights (T, K)). to_TH: the gradient to their output.
+    """
+    states_TH, chosen_TK, weights_TK = (one.detach() for one in called[:3])
+    for expert, (gate_up_OI, down_OI) in enumerate(zip(experts.gate_up_proj, experts.down_proj, strict=True)):
+        tokens, place = (chosen_TK == expert).nonzero(as_tuple=True)
+        if not len(tokens):
+            continue
+        up_NO = nn.functional.linear(states_TH[tokens], gate_up_OI).requires_grad_()
+        inner_NM = experts._apply_gate(up_NO)
+        to_down_NH = (weights_TK[tokens, place, None] * to_TH[tokens]).to(to_TH.dtype)
+        if "down_proj" in names:
+            take(f"{names['down_proj']}.{expert}", inner_NM.detach(), to_down_NH)
+        if "gate_up_proj" in names:
+            (to_up_NO,) = torch.autograd.grad(inner_NM, up_NO, to_down_NH @ down_OI)
+            take(f"{names['gate_up_proj']}.{expert}", states_TH[tokens], to_up_NO)
 
 
 @dataclass(frozen=True)
@@ -98,12 +156,20 @@ def together(found: list[Factors | None], like: ExpertLayer) -> tuple[Tensor, Te
 
 @torch.no_grad()
 def solve_experts(
-    layer: ExpertLayer, texts: Texts | None, damping: float, blend: float, *, ranks: int, sequential: bool
+    layer: ExpertLayer,
+    texts: Texts | None,
+    damping: float,
+    blend: float,
+    outputs: Mapping[int, OutputMetric],
+    *,
+    ranks: int,
+    sequential: bool,
 ) -> list[Factors | None]:
     """The best factors of every expert; None where no token came by, on any rank.
 
-    texts: None where all inputs count alike. sequential: inputs are what the student's earlier matrices give; otherwise
-    the reference's in both places.
+    texts: None where all inputs count alike. outputs: how much each of an expert's outputs counts; all alike where it
+    has no metric. sequential: inputs are what the student's earlier matrices give; otherwise the reference's in both
+    places.
     """
     width = layer.weights(0)[0].shape[1]
     where = layer.weights(0)[1].device
@@ -133,5 +199,6 @@ def solve_experts(
             if not float(moments[expert].tokens):
                 found.append(None)
                 continue
-            found.append(Metric(moments[expert], damping).factors(*layer.weights(expert), layer.rank, blend))
+            metric = Metric(moments[expert], damping)
+            found.append(metric.factors(*layer.weights(expert), layer.rank, blend, outputs.get(expert)))
     return found

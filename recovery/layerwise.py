@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from recovery.batches import Batch
+from recovery.experts import Matrix, Part, Take, gradients_of
 from recovery.models import causal_lm, final_hidden
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -114,14 +115,10 @@ def back_through_end(model: Any, stream: Stream, gradient_of: Callable[[Tensor],
     return torch.autograd.grad(hidden_TH, states_1TH, gradient_of(hidden_TH.detach()))[0]
 
 
-Take = Callable[[str, Tensor, Tensor], None]
-"""A module's name, its inputs (tokens, I) and the gradient to its outputs (tokens, O)."""
-
-
 @torch.enable_grad()
 def back_through(
     layer: nn.Module,
-    modules: Mapping[str, nn.Module],
+    matrices: Mapping[str, Matrix],
     number: int,
     stream: Stream,
     gradient_1TH: Tensor,
@@ -130,7 +127,7 @@ def back_through(
 ) -> Tensor:
     """The gradient to the layer's input, from the one to its output; the stream stands in front of the layer.
 
-    take: called for every one of `modules` that a token came by.
+    take: called for every one of `matrices` that a token came by, for each expert as `<name>.<expert>`.
     """
     states_1TH = stream.states_1TH.to(device).detach().requires_grad_()
 
@@ -142,7 +139,21 @@ def back_through(
 
         return forward
 
-    handles = [module.register_forward_hook(noting(name)) for name, module in modules.items()]
+    def noting_experts(names: dict[str, str]) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def forward(experts: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda gradient: gradients_of(names, experts, arguments, gradient, take))
+
+        return forward
+
+    parts: dict[Any, dict[str, str]] = {}
+    handles = []
+    for name, matrix in matrices.items():
+        if isinstance(matrix, Part):
+            parts.setdefault(matrix.experts, {})[matrix.parameter] = name
+        else:
+            handles.append(matrix.register_forward_hook(noting(name)))
+    handles += [experts.register_forward_hook(noting_experts(names)) for experts, names in parts.items()]
     try:
         output_1TH = _run(layer, number, stream, states_1TH)
         return torch.autograd.grad(output_1TH, states_1TH, gradient_1TH.to(device))[0]

@@ -200,7 +200,7 @@ def check_adapter(model: Any, adapter: Adapter) -> list[str]:
     """
     if adapter.placement == "auto":
         parameter_budget(model, adapter)
-        return adaptable(model, list(linear_modules(model)))
+        return adaptable(model, list(matrices(model)))
     names = adaptable(model, select(model, patterns_of(adapter.placement), "adapter.placement", head=True))
     if adapter.init != "zero":
         check_inside_layers(model, names)

@@ -1,25 +1,33 @@
-"""Before a repair: how much each output of the adapted modules counts; for placement auto, where ranks buy most."""
+"""Before a repair: how much each output of the adapted matrices counts; for placement auto, where ranks buy most."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
-from recovery.allocation import Spectrum, allocate, spectrum
+from recovery.allocation import Spectrum, allocate, of_experts, spectrum
 from recovery.calibration import batches_of, calibration_rows
 from recovery.closed_form import OutputMetric
 from recovery.config import RepairJob
 from recovery.corpus import Tokens
 from recovery.curvature import Sensitivity, sensitivities
+from recovery.experts import Matrix, Part, matrix_at
 from recovery.files import read_json, write_atomic, write_json
 from recovery.layerwise import begin, layers_of
 from recovery.models import device, of_first_rank
-from recovery.placement import check_adapter, counterparts, linear_modules, matrices, parameter_budget
+from recovery.placement import (
+    check_adapter,
+    counterparts,
+    expert_parameters,
+    linear_modules,
+    matrices,
+    parameter_budget,
+)
 from recovery.progress import progress
 
 RANKS = "ranks.json"
@@ -52,18 +60,46 @@ def differing(reference: Any, degraded: Any) -> list[str]:
 
 
 def names_by_layer(model: Any, names: Collection[str]) -> list[dict[str, str]]:
-    """Of each decoder layer: full names of the linear modules among `names`, by their names in the layer."""
-    wanted = {id(module): name for name, module in linear_modules(model).items() if name in names}
+    """Of each decoder layer: full names of the matrices among `names`, by their names in the layer."""
+    known = {**linear_modules(model), **expert_parameters(model)}
+    wanted = {id(one): name for name, one in known.items() if name in names}
     return [
-        {inner: wanted[id(module)] for inner, module in layer.named_modules() if id(module) in wanted}
+        {
+            inner: wanted[id(one)]
+            for inner, one in (*layer.named_modules(), *layer.named_parameters())
+            if id(one) in wanted
+        }
         for layer in layers_of(model)
     ]
 
 
-def spectrum_of(reference: Any, degraded: Any, name: str, one: Sensitivity, damping: float, outputs: float) -> Spectrum:
-    """Of one module by full name; dampings as recovery.allocation has them."""
-    right, wrong = (model.get_submodule(name).weight.to(device()) for model in (reference, degraded))
-    return spectrum(right, wrong, one, damping, outputs)
+def spectra_in(
+    reference: Any,
+    degraded: Any,
+    names: Mapping[str, str],
+    found: Mapping[str, Sensitivity],
+    damping: float,
+    outputs: float,
+) -> dict[str, Spectrum]:
+    """By full name, of one layer's matrices that tokens came by. names: full ones, by those in `found`; dampings as
+    recovery.allocation has them."""
+    spectra = {}
+    for inner, name in names.items():
+        right, wrong = (matrix_at(model, name) for model in (reference, degraded))
+        if isinstance(right, Part) and isinstance(wrong, Part):
+            each = [
+                spectrum(theirs_OI.to(device()), own_OI.to(device()), found[expert], damping, outputs)
+                for expert, theirs_OI, own_OI in zip(
+                    right.names(inner), right.weights_EOI, wrong.weights_EOI, strict=True
+                )
+                if float(found[expert].tokens)
+            ]
+            if each:
+                spectra[name] = of_experts(each, len(right.weights_EOI))
+        elif not isinstance(right, Part) and not isinstance(wrong, Part):
+            both = right.weight.to(device()), wrong.weight.to(device())
+            spectra[name] = spectrum(*both, found[inner], damping, outputs)
+    return spectra
 
 
 def survey(
@@ -77,9 +113,9 @@ def survey(
     rank: int,
     ranks: int,
 ) -> dict[str, int]:
-    """Write each layer's curvatures (recovery.curvature) by module name into the folder, unless they are there.
+    """Write each layer's curvatures (recovery.curvature) by matrix into the folder, unless they are there.
 
-    damaged: what `differing` found. Returns the modules' ranks by full name for placement auto, nothing for the others.
+    damaged: what `differing` found. Returns the ranks by full name for placement auto, nothing for the others.
     Both models lie on the CPU; the reference has packed attention.
     """
     chosen = folder / RANKS
@@ -90,11 +126,10 @@ def survey(
     names = check_adapter(degraded, job.adapter)
     if auto:
         names = [name for name in names if name in damaged]
-    # Outputs of single experts are not seen: all of them count alike.
     inside = names_by_layer(reference, names)
 
-    def modules_of(number: int) -> dict[str, nn.Module]:
-        return {inner: reference.get_submodule(name) for inner, name in inside[number].items()}
+    def matrices_of(number: int) -> dict[str, Matrix]:
+        return {inner: matrix_at(reference, name) for inner, name in inside[number].items()}
 
     batches, any_own = batches_of(tokens, calibration_rows(tokens, job.adapter.curvature_tokens), rank, ranks)
     streams = [begin(reference, batch) for batch in batches] if any_own else []
@@ -102,16 +137,16 @@ def survey(
     bar = progress(len(inside), "layer", "curvature") if leader else None
     spectra: dict[str, Spectrum] = {}
     for number, found in (
-        sensitivities(reference, streams, modules_of, width, job.seed, device(), ranks=ranks, with_inputs=auto)
+        sensitivities(reference, streams, matrices_of, width, job.seed, device(), ranks=ranks, with_inputs=auto)
         if any(inside)
         else ()
     ):
         if leader:
             curvatures = {name: one.curvature.float().cpu() for name, one in found.items() if float(one.tokens)}
             write_atomic(layer_file(folder, number), save(curvatures))
-        for name, one in found.items() if auto and leader else ():
-            full = inside[number][name]
-            spectra[full] = spectrum_of(reference, degraded, full, one, job.adapter.damping, OUTPUT_DAMPING)
+            if auto:
+                dampings = job.adapter.damping, OUTPUT_DAMPING
+                spectra |= spectra_in(reference, degraded, inside[number], found, *dampings)
         if bar is not None:
             bar.update(1)
     if bar is not None:
@@ -126,7 +161,7 @@ def survey(
 
 
 def output_metrics(folder: Path | None, number: int, where: torch.device) -> dict[str, OutputMetric]:
-    """Of one layer's modules by name; nothing without a survey, or where it had nothing to look at."""
+    """Of one layer's matrices by name; nothing without a survey, or where it had nothing to look at."""
     if folder is None or not (path := layer_file(folder, number)).exists():
         return {}
     found: dict[str, Tensor] = load_file(path)

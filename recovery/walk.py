@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from recovery.calibration import batches_of
-from recovery.closed_form import Factors, Metric, Moments
+from recovery.closed_form import Factors, Metric, Moments, OutputMetric
 from recovery.config import Adapter
 from recovery.corpus import Tokens
 from recovery.experts import ExpertLayer, is_expert, solve_experts, together
@@ -97,7 +97,7 @@ class Repair:
         # Last in their layer; what goes up decides what goes down.
         experts = {name: module for name, module in modules.items() if is_expert(module)}
         for name in sorted(experts, key=lambda name: experts[name].parameter_name == "down_proj"):
-            factors = self._solve_experts(number, name)
+            factors = self._solve_experts(number, name, outputs)
             a_XI, b_OX = together(factors, self._expert_layer(number, name))
             own = {f"{name}.A": a_XI, f"{name}.B": b_OX}
             self.apply(number, own)
@@ -111,8 +111,11 @@ class Repair:
             self.student_layers[number].get_submodule(name), self.reference_layers[number].get_submodule(inside)
         )
 
-    def _solve_experts(self, number: int, name: str) -> list[Factors | None]:
+    def _solve_experts(self, number: int, name: str, outputs: Mapping[str, OutputMetric]) -> list[Factors | None]:
+        """outputs: of the layer's matrices by name."""
         found = self._expert_layer(number, name)
+        inside = f"{name.replace('.base_layer', '')}.{found.part}"
+        weighed = {expert: outputs[key] for expert in range(found.count) if (key := f"{inside}.{expert}") in outputs}
         reference = self.reference_layers[number]
         experts = found.wrapper.get_base_layer() if self._sequential else found.reference
 
@@ -131,7 +134,7 @@ class Repair:
 
         given = None if self._adapter.init == "svd" else texts
         return solve_experts(
-            found, given, self._adapter.damping, self._blend, ranks=self.ranks, sequential=self._sequential
+            found, given, self._adapter.damping, self._blend, weighed, ranks=self.ranks, sequential=self._sequential
         )
 
     def _subject(self, number: int, pair: Pair) -> tuple[nn.Module, Stream]:

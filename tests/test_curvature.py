@@ -20,7 +20,8 @@ from recovery.corpus import Split, Tokens, read_split
 from recovery.costs import predict, saturated, weigh
 from recovery.curvature import Sensitivity, drawn, sensitivities
 from recovery.errors import UserError
-from recovery.layerwise import begin, layers_of
+from recovery.experts import Matrix, matrix_at
+from recovery.layerwise import back_through, begin, layers_of, output_of
 from recovery.limits import put_right
 from recovery.models import check_training_path, final_hidden, head_of
 from recovery.stage import build
@@ -35,7 +36,7 @@ def text_of(prepared: Prepared, split: Split = "train") -> Tokens:
     return read_split(next((prepared[2] / "artifacts").glob("generate-*")), split)
 
 
-def linear_of(model: Any, number: int) -> dict[str, nn.Module]:
+def linear_of(model: Any, number: int) -> dict[str, Matrix]:
     return {name: part for name, part in layers_of(model)[number].named_modules() if isinstance(part, nn.Linear)}
 
 
@@ -48,8 +49,7 @@ def sense(model: Any, batches: list[Batch], width: int) -> dict[str, Sensitivity
 
 def cost(change_OI: Tensor, sensitivity: Sensitivity) -> float:
     """1/2 tr(G D C D^T), term by term."""
-    assert sensitivity.inputs is not None
-    inputs_II = sensitivity.inputs.own_II / sensitivity.inputs.tokens
+    inputs_II = sensitivity.moments.own_II / sensitivity.moments.tokens
     curvature = sensitivity.curvature
     weights_OO = curvature if curvature.dim() == 2 else torch.diag(curvature)
     return 0.5 * float(torch.trace(weights_OO @ change_OI.double() @ inputs_II @ change_OI.double().T))
@@ -75,6 +75,36 @@ def test_gradients_layer_by_layer_are_those_of_the_whole_model(models: dict[str,
         flat_TO = gradient.flatten(0, -2)
         expected = (flat_TO.T @ flat_TO).double() / len(flat_TO)
         torch.testing.assert_close(found[name].curvature, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3", "qwen2_moe"])
+def test_gradients_of_single_experts_are_those_of_their_parameters(
+    models: dict[str, Path], prepared: Prepared, kind: str
+):
+    """The gradient of a weight is the sum over tokens of gradient times input."""
+    model, width = model_at(models[kind]), width_of(models[kind])
+    check_training_path(model, width, kind)
+    stream = begin(model, collate(text_of(prepared), (0, 1, 2)))
+    first, layer = layers_of(model)
+    stream.states_1TH = output_of(first, 0, stream, CPU)
+    names = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    found: dict[str, Tensor] = {}
+
+    def take(name: str, inputs_TI: Tensor, gradients_TO: Tensor) -> None:
+        found[name] = gradients_TO.T @ inputs_TI
+
+    to_1TH = torch.randn(stream.states_1TH.shape, generator=torch.Generator().manual_seed(0))
+    back_through(layer, {name: matrix_at(layer, name) for name in names}, 1, stream, to_1TH, CPU, take)
+    weights = [layer.get_parameter(name).requires_grad_() for name in names]
+    with torch.enable_grad():
+        positional, named = stream.calls[1]
+        output = layer(stream.states_1TH, *positional, **named)
+        expected = torch.autograd.grad(output[0] if isinstance(output, tuple) else output, weights, to_1TH)
+    assert found
+    for name, gradient_EOI in zip(names, expected, strict=True):
+        for expert, gradient_OI in enumerate(gradient_EOI):
+            own_OI = found.get(f"{name}.{expert}", torch.zeros_like(gradient_OI))
+            torch.testing.assert_close(own_OI, gradient_OI, rtol=1e-3, atol=1e-5 * float(gradient_EOI.abs().max()))
 
 
 def test_what_a_change_costs_is_its_kl(models: dict[str, Path], prepared: Prepared):
@@ -155,7 +185,7 @@ def test_outputs_that_count_are_repaired_first(whole: bool):
     def nats(weighed: OutputMetric | None) -> float:
         factors = metric.factors(reference, degraded, 3, 0.0, weighed)
         left = reference - degraded - factors.b_OR @ factors.a_RI
-        return cost(left, Sensitivity(curvature, moments, torch.tensor(1.0)))
+        return cost(left, Sensitivity(curvature, moments.own_II, torch.tensor(1.0)))
 
     assert nats(outputs) < 0.9 * nats(None)
     full = metric.factors(reference, degraded, 12, 0.0, outputs)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from recovery.config import Adapter
+from recovery.costs import weigh
 from recovery.errors import UserError
 from recovery.placement import check_adapter, expert_parameters, select
 from tests.pipeline import make_benchmarks, measure, run_in_process, tiny_recipe
@@ -57,6 +58,46 @@ def test_full_rank_restores_every_expert(models: dict[str, Path], tmp_path: Path
     before, after = [json.loads(line)["kl"] for line in (done["repair"] / "held_out.jsonl").read_text().splitlines()]
     assert before > 0.02
     assert after < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_auto_places_adapters_on_damaged_experts(models: dict[str, Path], tmp_path: Path, kind: str):
+    """By what they cost, no worse than one rank everywhere; training goes on from there, and plain PEFT loads what came
+    out."""
+    from peft import PeftModel
+
+    data = make_benchmarks(tmp_path / "data")
+    rank, sides = 10, [weights.shape for weights in expert_parameters(model_at(models[kind])).values()]
+    budget = rank * sum(experts * (outputs + inputs) for experts, outputs, inputs in sides)
+    adapter = {"placement": "auto", "budget": budget, "init": "closed_form_sequential"}
+    recipe = tiny_recipe(models[kind], data, degrade=DAMAGE, adapter=adapter, train={"epochs": 1})
+    done = run_in_process(recipe, tmp_path / "runs")
+    details = json.loads((done["repair"] / "manifest.json").read_text())["details"]
+    ranks = details["allocated"]
+    assert {name.rsplit(".", 1)[-1] for name in ranks} == {"gate_up_proj", "down_proj"}
+    assert 0.8 * budget < details["trainable_parameters"] <= budget
+    before, after = [json.loads(line)["kl"] for line in (done["repair"] / "held_out.jsonl").read_text().splitlines()]
+    assert after < 0.7 * before
+    uniform = {"placement": DAMAGE["modules"], "rank": rank, "init": "closed_form_sequential"}
+    other = tiny_recipe(models[kind], data, degrade=DAMAGE, adapter=uniform, train={"epochs": 0})
+    beside = run_in_process(other, tmp_path / "runs", until="repair")
+    assert after < 1.05 * json.loads((beside["repair"] / "held_out.jsonl").read_text().splitlines()[-1])["kl"]
+    weighed = weigh(
+        model_at(models[kind]),
+        model_at(done["degrade"]),
+        text_of((models[kind], data, tmp_path / "runs")),
+        width_of(models[kind]),
+        seed=0,
+    )
+    assert set(ranks) <= set(weighed.costs.nats)
+    assert weighed.costs.floor == pytest.approx(0, abs=1e-5)
+    dearest = weighed.costs.restored[0]
+    assert dearest.measured == pytest.approx(dearest.predicted, abs=0.35 * weighed.costs.degraded.kl)
+    summary = json.loads((done["report"] / "summary.json").read_text())
+    loaded: Any = PeftModel.from_pretrained(model_at(done["degrade"]), done["train"])
+    tokens = text_of((models[kind], data, tmp_path / "runs"), "held_out")
+    found = measure(loaded, model_at(models[kind]), tokens, width_of(models[kind]), 512, "")
+    assert found.kl == pytest.approx(summary["kl"]["recovered"], rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
