@@ -16,6 +16,7 @@ from recovery.errors import UserError
 from recovery.placement import check_adapter, expert_parameters, select
 from tests.pipeline import make_benchmarks, measure, run_in_process, tiny_recipe
 from tests.test_curvature import text_of
+from tests.test_deliver import deliver
 from tests.test_repair import model_at, width_of
 
 KINDS = ("mixtral", "deepseek_v3", "qwen2_moe")
@@ -62,10 +63,8 @@ def test_full_rank_restores_every_expert(models: dict[str, Path], tmp_path: Path
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_auto_places_adapters_on_damaged_experts(models: dict[str, Path], tmp_path: Path, kind: str):
-    """By what they cost, no worse than one rank everywhere; training goes on from there, and plain PEFT loads what came
-    out."""
-    from peft import PeftModel
-
+    """By what they cost, no worse than one rank everywhere; training goes on from there, and what came out is delivered
+    and merged."""
     data = make_benchmarks(tmp_path / "data")
     rank, sides = 10, [weights.shape for weights in expert_parameters(model_at(models[kind])).values()]
     budget = rank * sum(experts * (outputs + inputs) for experts, outputs, inputs in sides)
@@ -93,11 +92,8 @@ def test_auto_places_adapters_on_damaged_experts(models: dict[str, Path], tmp_pa
     assert weighed.costs.floor == pytest.approx(0, abs=1e-5)
     dearest = weighed.costs.restored[0]
     assert dearest.measured == pytest.approx(dearest.predicted, abs=0.35 * weighed.costs.degraded.kl)
-    summary = json.loads((done["report"] / "summary.json").read_text())
-    loaded: Any = PeftModel.from_pretrained(model_at(done["degrade"]), done["train"])
-    tokens = text_of((models[kind], data, tmp_path / "runs"), "held_out")
-    found = measure(loaded, model_at(models[kind]), tokens, width_of(models[kind]), 512, "")
-    assert found.kl == pytest.approx(summary["kl"]["recovered"], rel=1e-3)
+    delivered = deliver(recipe, tmp_path / "runs", merged=True)
+    assert [one["form"] for one in json.loads((delivered / "checks.json").read_text())] == ["adapter", "merged"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
