@@ -23,6 +23,17 @@ KINDS = ("mixtral", "deepseek_v3", "qwen2_moe")
 DAMAGE = {"kind": "gaussian_noise", "relative_std": 0.5, "modules": ["experts.gate_up_proj", "experts.down_proj"]}
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_benchmarks(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A runs folder of each kind, where tests share what they have in common."""
+    return {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_placements_know_experts(models: dict[str, Path], kind: str):
     model = model_at(models[kind])
@@ -37,11 +48,12 @@ def test_placements_know_experts(models: dict[str, Path], kind: str):
 
 @pytest.mark.parametrize("init", ["closed_form", "closed_form_sequential"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_experts_are_repaired_without_training(models: dict[str, Path], tmp_path: Path, kind: str, init: str):
-    data = make_benchmarks(tmp_path / "data")
+def test_experts_are_repaired_without_training(
+    models: dict[str, Path], data: Path, runs: dict[str, Path], kind: str, init: str
+):
     adapter = {"init": init, "placement": ["experts.gate_up_proj", "experts.down_proj"], "rank": 32}
     recipe = tiny_recipe(models[kind], data, degrade=DAMAGE, adapter=adapter, train={"epochs": 0})
-    done = run_in_process(recipe, tmp_path / "runs", until="repair")
+    done = run_in_process(recipe, runs[kind], until="repair")
     before, after = [json.loads(line)["kl"] for line in (done["repair"] / "held_out.jsonl").read_text().splitlines()]
     assert after < 0.5 * before
     details = json.loads((done["repair"] / "manifest.json").read_text())["details"]
@@ -50,27 +62,27 @@ def test_experts_are_repaired_without_training(models: dict[str, Path], tmp_path
 
 @pytest.mark.parametrize("init", ["svd", "closed_form", "closed_form_sequential"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_full_rank_restores_every_expert(models: dict[str, Path], tmp_path: Path, kind: str, init: str):
-    data = make_benchmarks(tmp_path / "data")
+def test_full_rank_restores_every_expert(
+    models: dict[str, Path], data: Path, runs: dict[str, Path], kind: str, init: str
+):
     adapter = {"init": init, "placement": ["gate_up_proj"], "rank": 64}
     damage = {**DAMAGE, "modules": ["gate_up_proj"]}
     recipe = tiny_recipe(models[kind], data, degrade=damage, adapter=adapter, train={"epochs": 0})
-    done = run_in_process(recipe, tmp_path / "runs", until="repair")
+    done = run_in_process(recipe, runs[kind], until="repair")
     before, after = [json.loads(line)["kl"] for line in (done["repair"] / "held_out.jsonl").read_text().splitlines()]
     assert before > 0.02
     assert after < 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_auto_places_adapters_on_damaged_experts(models: dict[str, Path], tmp_path: Path, kind: str):
+def test_auto_places_adapters_on_damaged_experts(models: dict[str, Path], data: Path, runs: dict[str, Path], kind: str):
     """By what they cost, no worse than one rank everywhere; training goes on from there, and what came out is delivered
     and merged."""
-    data = make_benchmarks(tmp_path / "data")
     rank, sides = 10, [weights.shape for weights in expert_parameters(model_at(models[kind])).values()]
     budget = rank * sum(experts * (outputs + inputs) for experts, outputs, inputs in sides)
     adapter = {"placement": "auto", "budget": budget, "init": "closed_form_sequential"}
     recipe = tiny_recipe(models[kind], data, degrade=DAMAGE, adapter=adapter, train={"epochs": 1})
-    done = run_in_process(recipe, tmp_path / "runs")
+    done = run_in_process(recipe, runs[kind])
     details = json.loads((done["repair"] / "manifest.json").read_text())["details"]
     ranks = details["allocated"]
     assert {name.rsplit(".", 1)[-1] for name in ranks} == {"gate_up_proj", "down_proj"}
@@ -79,12 +91,12 @@ def test_auto_places_adapters_on_damaged_experts(models: dict[str, Path], tmp_pa
     assert after < 0.7 * before
     uniform = {"placement": DAMAGE["modules"], "rank": rank, "init": "closed_form_sequential"}
     other = tiny_recipe(models[kind], data, degrade=DAMAGE, adapter=uniform, train={"epochs": 0})
-    beside = run_in_process(other, tmp_path / "runs", until="repair")
+    beside = run_in_process(other, runs[kind], until="repair")
     assert after < 1.05 * json.loads((beside["repair"] / "held_out.jsonl").read_text().splitlines()[-1])["kl"]
     weighed = weigh(
         model_at(models[kind]),
         model_at(done["degrade"]),
-        text_of((models[kind], data, tmp_path / "runs")),
+        text_of((models[kind], data, runs[kind])),
         width_of(models[kind]),
         seed=0,
     )
@@ -92,20 +104,19 @@ def test_auto_places_adapters_on_damaged_experts(models: dict[str, Path], tmp_pa
     assert weighed.costs.floor == pytest.approx(0, abs=1e-5)
     dearest = weighed.costs.restored[0]
     assert dearest.measured == pytest.approx(dearest.predicted, abs=0.35 * weighed.costs.degraded.kl)
-    delivered = deliver(recipe, tmp_path / "runs", merged=True)
+    delivered = deliver(recipe, runs[kind], merged=True)
     assert [one["form"] for one in json.loads((delivered / "checks.json").read_text())] == ["adapter", "merged"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_trained_experts_merge_into_the_weights(models: dict[str, Path], tmp_path: Path, kind: str):
+def test_trained_experts_merge_into_the_weights(models: dict[str, Path], data: Path, runs: dict[str, Path], kind: str):
     """The whole pipeline; then plain PEFT merges what was trained, and the merged model measures the same."""
     from peft import PeftModel
 
-    data = make_benchmarks(tmp_path / "data")
     adapter = {"placement": "attention_mlp", "rank": 24}
     train = {"epochs": 8, "learning_rate": 1e-2}
     recipe = tiny_recipe(models[kind], data, degrade=DAMAGE, adapter=adapter, train=train)
-    done = run_in_process(recipe, tmp_path / "runs")
+    done = run_in_process(recipe, runs[kind])
     summary = json.loads((done["report"] / "summary.json").read_text())
     assert summary["kl"]["recovery"] >= 0.25  # from zero on 2000 tokens, which the closed form does not need
     base = model_at(done["degrade"])
@@ -115,7 +126,7 @@ def test_trained_experts_merge_into_the_weights(models: dict[str, Path], tmp_pat
     changed = expert_parameters(merged)
     assert set(changed) == set(before)
     assert all(not torch.equal(changed[name], before[name]) for name in before)
-    tokens = text_of((models[kind], data, tmp_path / "runs"), "held_out")
+    tokens = text_of((models[kind], data, runs[kind]), "held_out")
     found = measure(merged, model_at(models[kind]), tokens, width_of(models[kind]), 512, "")
     assert found.kl == pytest.approx(summary["kl"]["recovered"], rel=1e-3)
     assert any("experts" in name for name in load_file(done["train"] / "adapter_model.safetensors"))
