@@ -12,7 +12,9 @@ import yaml
 from eval.config import DeliverJob
 from eval.markdown import markdown_table
 from eval.table import HEADER, benchmark_rows, divergence_rows
+from recovery.adapters import CONFIG
 from recovery.config import ModelInput
+from recovery.files import read_json
 
 if TYPE_CHECKING:
     from eval.deliver import Check
@@ -54,6 +56,7 @@ def model_card(
     that are delivered."""
     made, base, licence = manifest["job"], base_name(job.degraded), license_of(job.reference.path)
     source = "the reference" if generator.digest == job.reference.digest else base_name(generator)
+    experts = bool(read_json(job.adapter.path / CONFIG).get("target_parameters"))
     shown = markdown_table(HEADER, [*divergence_rows(summary), *benchmark_rows(summary)])
     return f"""\
 ---
@@ -87,7 +90,7 @@ degraded = AutoModelForCausalLM.from_pretrained("path/to/{base}")
 recovered = PeftModel.from_pretrained(degraded, "path/to/this/folder")
 ```
 
-{_vllm_use(base, made["adapter"])}{_gguf_use(job)}
+{_vllm_use(base, made["adapter"], experts=experts)}{_gguf_use(job)}
 
 ## Checked
 
@@ -166,7 +169,9 @@ def _text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else json.dumps(value).strip('"')
 
 
-def _vllm_use(base: str, settings: Mapping[str, Any]) -> str:
+def _vllm_use(base: str, settings: Mapping[str, Any], *, experts: bool) -> str:
+    if experts:
+        return "vLLM takes no adapters of experts: it serves the merged model (`recover-lora deliver RECIPE --merged`)."
     several = settings["placement"] == "auto"
     folder = f"path/to/this/folder{'/uniform' if several else ''}"
     rank = "its `r`" if several else str(settings["rank"])

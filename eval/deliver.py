@@ -3,9 +3,9 @@
     python -m eval.deliver JOB
 
 Writes the PEFT adapter, `README.md` (the model card), `summary.json`, `checks.json`; `uniform/`, the same adapter with
-one rank, where it has several, as vLLM takes it; and, where asked for, `merged/`, the whole recovered model, and
-`gguf/model.gguf`. Where asked for, a vLLM server of the adapter is compared too. A form whose KL is not the scored
-one, or whose greedy tokens differ by more than rounding, fails the stage, and nothing is delivered.
+one rank, where it has several and none on experts, as vLLM takes it; and, where asked for, `merged/`, the whole
+recovered model, and `gguf/model.gguf`. Where asked for, a vLLM server of the adapter is compared too. A form whose KL
+is not the scored one, or whose greedy tokens differ by more than rounding, fails the stage, and nothing is delivered.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from launch.recipe import Recipe
 from launch.resolve import resolve_names
 from recovery.errors import UserError
 from recovery.files import HashMemory, read_json
-from recovery.placement import check_adapter, matrices, parameter_budget, shape_of, skeleton
+from recovery.placement import check_adapter, matrices, parameter_budget, rank_parameters, skeleton
 
 
 def read_law(path: Path, series: str | None) -> tuple[str, Law, float, float]:
@@ -43,8 +43,8 @@ def adapter_parameters(recipe: Recipe) -> int:
     if recipe.adapter.placement == "auto":
         return parameter_budget(model, recipe.adapter)
     weights = matrices(model, head=True)
-    sides = [sum(shape_of(weights[name])[-2:]) for name in check_adapter(model, recipe.adapter)]
-    return recipe.adapter.rank * sum(sides)
+    prices = [rank_parameters(weights[name]) for name in check_adapter(model, recipe.adapter)]
+    return recipe.adapter.rank * sum(prices)
 
 
 def sized_by_law(recipe: Recipe, path: Path, series: str | None, target: float) -> tuple[Recipe, str]:

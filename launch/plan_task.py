@@ -17,7 +17,7 @@ from launch.recipe import Recipe
 from recovery.config import Dtype, ModelInput, SparseLogitsTeacher
 from recovery.corpus import SUMMARY
 from recovery.files import read_json
-from recovery.placement import linear_modules, may_be_in_pieces, select, skeleton
+from recovery.placement import linear_modules, matrices, may_be_in_pieces, select, skeleton
 from recovery.rehearsal import Case, Rehearsal, pace
 from recovery.tape import Phase
 
@@ -173,10 +173,8 @@ def _same_share(recipe: Recipe) -> tuple[float, bool]:
     model = skeleton(recipe.models.reference, None)
     hit = set(select(model, modules, "degrade.modules"))
     if getattr(recipe.degrade, "rest_bits", None) is not None:
-        hit = set(linear_modules(model))
-    changed = sum(module.weight.numel() for name, module in linear_modules(model).items() if name in hit)
-    if len(hit) > len(linear_modules(model)):  # experts' parameters
-        return 0.0, True
+        hit = set(matrices(model))
+    changed = sum(weight.numel() for name, weight in matrices(model).items() if name in hit)
     return 1 - changed / sum(parameter.numel() for parameter in model.parameters()), True
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("recover-lora")
 FORECASTS, LAWS = "forecasts.json", "laws.json"
 FORECAST_TOKENS = 4096
-FORECAST_VERSION = 2
+FORECAST_VERSION = 3
 """Of the way in which forecasts are made; others are made anew."""
 CLOSE = 0.15
 """Of a forecast: the largest difference of predicted and realised KL recovery that is called right."""

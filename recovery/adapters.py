@@ -65,7 +65,7 @@ def write_uniform(folder: Path, into: Path) -> int:
     """The same adapter with one rank everywhere, as vLLM wants it: A and B padded with zeros to the largest, scales
     taken into B. Returns that rank.
 
-    Raises UserError for adapters of experts' parameters, whose ranks are one already.
+    Raises UserError for adapters of experts' parameters.
     """
     from safetensors.torch import save_file
 
@@ -112,8 +112,9 @@ def save_adapter(model: Any, folder: Path, weights: dict[str, Tensor], base: str
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card template
     path = folder / CONFIG
     config = read_json(path)
-    # A set has no order of its own: sorted, equal adapters have equal files.
+    # Sets have no order of their own: sorted, equal adapters have equal files.
     config["target_modules"] = sorted(config["target_modules"])
+    config["target_parameters"] = sorted(config.get("target_parameters") or ()) or None
     write_atomic(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

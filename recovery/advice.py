@@ -40,9 +40,10 @@ def advise(findings: Sequence[Finding]) -> Advice:
 
 
 def _takes_adapter(finding: Finding) -> bool:
-    """Whether it is a matrix of the layers, which the closed forms repair; embeddings and the head lie outside."""
-    outside = "embed" in finding.tensor or module_of(finding.tensor) == "lm_head"
-    return len(finding.shape) in (2, 3) and not outside
+    """Whether it is a matrix of the layers, which the closed forms repair; embeddings and the head lie outside, and
+    routers are no such matrices, nor gates of one output."""
+    other = "embed" in finding.tensor or module_of(finding.tensor) in ("lm_head", "gate", "router")
+    return len(finding.shape) in (2, 3) and finding.shape[0] > 1 and not other
 
 
 def _replacement(findings: Sequence[Finding]) -> str:

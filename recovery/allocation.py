@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recovery.closed_form import Metric, OutputMetric
+from recovery.closed_form import OutputMetric
 from recovery.curvature import Sensitivity
 
 
@@ -32,7 +32,7 @@ def spectrum(
     reference_OI: Tensor, degraded_OI: Tensor, sensitivity: Sensitivity, damping: float, output_damping: float
 ) -> Spectrum:
     outputs = OutputMetric(sensitivity.curvature, output_damping)
-    change_OI = Metric(sensitivity.moments, damping).whitened(reference_OI, degraded_OI, 0.0, outputs)
+    change_OI = sensitivity.weighed(reference_OI, degraded_OI, damping, outputs)
     # Of the smaller Gram matrix: many times faster than a singular value decomposition, and exact enough to compare.
     gram = change_OI @ change_OI.T if len(change_OI) <= change_OI.shape[1] else change_OI.T @ change_OI
     energies_K = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0.0)

@@ -189,8 +189,7 @@ def weigh(
 
 def spectra_of(reference: Any, degraded: Any, batches: Sequence[Batch], width: int, seed: int) -> dict[str, Spectrum]:
     """Of every damaged matrix in the layers that may have an adapter, in the model's order."""
-    damaged = differing(reference, degraded)
-    names = adaptable(reference, damaged) if damaged else []
+    names = adaptable(reference, differing(reference, degraded))
     inside = names_by_layer(reference, names)
 
     def matrices_of(number: int) -> dict[str, Matrix]:

@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recovery.closed_form import Moments
-from recovery.experts import Matrix, Part
+from recovery.closed_form import TINY, Metric, Moments, OutputMetric
+from recovery.experts import MOMENTS_BYTES, Matrix, Part
 from recovery.head import Head
 from recovery.layerwise import Stream, back_through, back_through_end, layers_of, on_device, output_of
 from recovery.loss import chunks
 from recovery.models import head_of
 
 WIDEST = 4096
-"""Outputs of the widest layer whose whole G is kept; of a wider one its diagonal. So for the inputs of experts."""
+"""Outputs of the widest layer whose whole G is kept; of a wider one its diagonal."""
 
 
 @dataclass
@@ -48,12 +48,16 @@ class Sensitivity:
 
     @classmethod
     def zero(cls, matrix: Matrix, device: torch.device, *, with_inputs: bool) -> Sensitivity:
-        """Of an expert, which there may be hundreds of, outputs have their diagonal only."""
-        expert = isinstance(matrix, Part)
-        outputs, inputs = matrix.shape if isinstance(matrix, Part) else matrix.weight.shape
+        """Experts, which there may be hundreds of, keep the diagonal of their outputs, and of inputs that are wide."""
+        if isinstance(matrix, Part):
+            experts, outputs, inputs = matrix.weights_EOI.shape
+            whole, whole_inputs = False, 8 * experts * inputs**2 <= MOMENTS_BYTES
+        else:
+            outputs, inputs = matrix.weight.shape
+            whole, whole_inputs = outputs <= WIDEST, True
         return cls(
-            _zeros(outputs, device, whole=outputs <= WIDEST and not expert),
-            _zeros(inputs, device, whole=inputs <= WIDEST or not expert) if with_inputs else None,
+            _zeros(outputs, device, whole=whole),
+            _zeros(inputs, device, whole=whole_inputs) if with_inputs else None,
             torch.zeros((), dtype=torch.float64, device=device),
         )
 
@@ -73,12 +77,16 @@ class Sensitivity:
         """G, or its diagonal."""
         return self.gradients / self.tokens.clamp(min=1.0)
 
-    @property
-    def moments(self) -> Moments:
-        """Of the inputs, which must have been kept."""
+    def weighed(self, reference_OI: Tensor, degraded_OI: Tensor, damping: float, outputs: OutputMetric) -> Tensor:
+        """G^(1/2) (W_ref - W_deg) (C + l I)^(1/2), up to rotations (recovery.closed_form). damping: l, as a share of
+        the mean square of an input, of which the moments must have been kept."""
         assert self.inputs is not None, "made without the moments of the inputs"
-        own_II = self.inputs if self.inputs.dim() == 2 else torch.diag(self.inputs)
-        return Moments(own_II, own_II, self.tokens)
+        if self.inputs.dim() == 2:
+            moments = Moments(self.inputs, self.inputs, self.tokens)
+            return Metric(moments, damping).whitened(reference_OI, degraded_OI, 0.0, outputs)
+        squares_I = self.inputs / self.tokens.clamp(min=1.0)
+        roots_I = (squares_I + damping * squares_I.mean() + TINY).sqrt()
+        return outputs.weigh((reference_OI.double() - degraded_OI.double()) * roots_I)
 
 
 def _zeros(width: int, device: torch.device, *, whole: bool) -> Tensor:
@@ -140,6 +148,7 @@ def sensitivities(
                 sensitivity.all_reduce()
             sensitivity.share = float(sensitivity.tokens / tokens.clamp(min=1.0))
         yield number, found
+        found.clear()  # before the next layer's moments are made
 
 
 def drawn(stream: Stream, head: Head, seed: int) -> Callable[[Tensor], Tensor]:

@@ -21,7 +21,7 @@ Texts = Callable[[], Iterator[tuple[Any, Tensor]]]
 """The calibration texts as the experts are called with them, again at every call: the student's arguments (states
 (T, H), chosen experts (T, K), weights) and the reference's states (T, H)."""
 MOMENTS_BYTES = 1 << 32
-"""Of the experts that are solved in one pass over the texts."""
+"""Of inputs' moments that stand at once: of the experts that are solved in one pass over the texts."""
 Take = Callable[[str, Tensor, Tensor], None]
 """A matrix' name, its inputs (tokens, I) and the gradient to its outputs (tokens, O)."""
 
@@ -37,11 +37,6 @@ class Part:
     @property
     def weights_EOI(self) -> Tensor:
         return getattr(self.experts, self.parameter)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(O, I)"""
-        return (self.weights_EOI.shape[1], self.weights_EOI.shape[2])
 
     def names(self, name: str) -> list[str]:
         """Of the single experts; name: the parameter's."""

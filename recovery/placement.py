@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,9 +43,15 @@ def shape_of(weight: Any) -> tuple[int, ...]:
     return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
+def rank_parameters(weight: Any) -> int:
+    """Parameters of one rank: of a matrix inputs + outputs, of experts that for each of them."""
+    *experts, outputs, inputs = shape_of(weight)
+    return math.prod(experts) * (outputs + inputs)
+
+
 def expert_parameters(model: Any) -> dict[str, Any]:
     """Weights of all experts of a layer in one parameter (E, O, I), by full name: gate_up_proj and down_proj of
-    Mixtral, Qwen-MoE, OLMoE and DeepSeek. Transposed ones, and those with biases, are left out."""
+    Mixtral, Qwen-MoE, OLMoE and DeepSeek. Transposed ones, and those with biases or norms, are left out."""
     return {
         f"{name}.{part}": getattr(module, part)
         for name, module in model.named_modules()
@@ -52,6 +59,7 @@ def expert_parameters(model: Any) -> dict[str, Any]:
         and module.has_gate
         and module.is_concatenated
         and not module.has_bias
+        and not getattr(module, "has_post_expert_norm", False)
         for part in ("gate_up_proj", "down_proj")
     }
 
@@ -179,14 +187,14 @@ def check_rank(model: Any, names: Sequence[str], rank: int) -> None:
 
 def adaptable(model: Any, names: Sequence[str]) -> list[str]:
     """Those that PEFT can adapt: in a model with experts it takes every gate_proj, up_proj and down_proj for the
-    experts' own of older checkpoints, so shared experts and dense layers beside them get no adapter.
-
-    Raises UserError where nothing is left.
-    """
+    experts' own of older checkpoints, so shared experts and dense layers beside them get no adapter."""
     experts = expert_parameters(model)
-    if not experts:
-        return list(names)
-    left = [name for name in names if name in experts or _last_part(name) not in EXPERTS_OLD_NAMES]
+    return [name for name in names if not experts or name in experts or _last_part(name) not in EXPERTS_OLD_NAMES]
+
+
+def _some_adaptable(model: Any, names: Sequence[str]) -> list[str]:
+    """Raises UserError where nothing is left."""
+    left = adaptable(model, names)
     if not left:
         found = f"PEFT takes {', '.join(sorted({_last_part(name) for name in names}))} for the experts' own"
         raise UserError("adapter.placement", found, "name experts.gate_up_proj, experts.down_proj or attention")
@@ -200,8 +208,8 @@ def check_adapter(model: Any, adapter: Adapter) -> list[str]:
     """
     if adapter.placement == "auto":
         parameter_budget(model, adapter)
-        return adaptable(model, list(matrices(model)))
-    names = adaptable(model, select(model, patterns_of(adapter.placement), "adapter.placement", head=True))
+        return _some_adaptable(model, list(matrices(model)))
+    names = _some_adaptable(model, select(model, patterns_of(adapter.placement), "adapter.placement", head=True))
     if adapter.init != "zero":
         check_inside_layers(model, names)
     check_rank(model, names, adapter.rank)

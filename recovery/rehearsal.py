@@ -26,7 +26,7 @@ from recovery.engine import Student
 from recovery.gated import use_gated_products
 from recovery.loss import compare, distill, distill_trainable
 from recovery.models import TORCH_DTYPES, causal_lm, checkpoint_activations, final_hidden, head_of, quiet_libraries
-from recovery.placement import linear_modules, parameter_budget, skeleton
+from recovery.placement import check_adapter, matrices, parameter_budget, rank_parameters, skeleton
 from recovery.tape import Clock, Phase, Tape, Work
 from recovery.targets import DenseTargets, SparseTargets
 
@@ -153,7 +153,7 @@ def _models(case: Case, *, checkpointing: bool, short: bool = False) -> tuple[An
         for model in (theirs, own) if short else ():
             decoder = model.get_decoder()
             decoder.layers = nn.ModuleList([decoder.layers[0], decoder.layers[-1]])
-        adapted = own.requires_grad_(True) if case.train.parameters == "all" else _with_adapter(own, case.adapter)
+        adapted = own.requires_grad_(True) if case.train.parameters == "all" else with_adapter(own, case.adapter)
         if checkpointing:
             checkpoint_activations(adapted)
     return theirs, adapted
@@ -229,13 +229,21 @@ def _bare(model: ModelInput, dtype: Dtype) -> Any:
     return found.eval().requires_grad_(False)
 
 
-def _with_adapter(model: Any, adapter: Adapter) -> Any:
-    """With placement auto every linear module gets the same rank: what the budget is spent on is not known yet."""
+def with_adapter(model: Any, adapter: Adapter) -> Any:
+    """With placement auto all matrices get the same rank, or the first ones a rank of one: what the budget is spent on
+    is not known yet."""
     if adapter.placement != "auto":
         return add_adapter(model, adapter, 0)
-    modules = linear_modules(model)
-    rank = parameter_budget(model, adapter) / sum(sum(module.weight.shape) for module in modules.values())
-    return add_adapter(model, adapter, 0, {name: max(round(rank), 1) for name in modules})
+    weights = matrices(model)
+    prices = {name: rank_parameters(weights[name]) for name in check_adapter(model, adapter)}
+    left = budget = parameter_budget(model, adapter)
+    ranks: dict[str, int] = {}
+    for name, price in prices.items():
+        rank = min(max(round(budget / sum(prices.values())), 1), *weights[name].shape[-2:])
+        if not ranks or rank * price <= left:
+            ranks[name] = rank
+            left -= rank * price
+    return add_adapter(model, adapter, 0, ranks)
 
 
 def _give_storages(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:

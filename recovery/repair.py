@@ -96,10 +96,13 @@ class Workshop:
             self.allocated = survey(*given, self.rank, self.ranks)
         names = list(self.allocated) or check_adapter(degraded, job.adapter)
         if job.adapter.placement == "auto" and not self.allocated:
-            if not set(damaged) & set(names):
+            if not damaged:
                 raise Unavailable("no linear module of the layers differs from the reference's: nothing to repair")
+            if not set(damaged) & set(names):
+                kinds = ", ".join(sorted({name.rpartition(".")[2] for name in damaged}))
+                raise Unavailable(f"PEFT adapts no damaged matrix ({kinds}) of this model: export these again")
             budget = parameter_budget(degraded, job.adapter)
-            raise UserError("adapter.budget", f"{budget} is less than a single rank of any damaged module", "raise it")
+            raise UserError("adapter.budget", f"{budget} is less than a single rank of any damaged matrix", "raise it")
         self.out_of_reach = bool(set(damaged) - set(names))
         self.blends = blends_of(job.adapter, out_of_reach=self.out_of_reach)
         self.adapted = add_adapter(degraded, job.adapter, job.seed, self.allocated or None)

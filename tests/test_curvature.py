@@ -49,7 +49,8 @@ def sense(model: Any, batches: list[Batch], width: int) -> dict[str, Sensitivity
 
 def cost(change_OI: Tensor, sensitivity: Sensitivity) -> float:
     """1/2 tr(G D C D^T), term by term."""
-    inputs_II = sensitivity.moments.own_II / sensitivity.moments.tokens
+    assert sensitivity.inputs is not None
+    inputs_II = sensitivity.inputs / sensitivity.tokens
     curvature = sensitivity.curvature
     weights_OO = curvature if curvature.dim() == 2 else torch.diag(curvature)
     return 0.5 * float(torch.trace(weights_OO @ change_OI.double() @ inputs_II @ change_OI.double().T))
@@ -105,6 +106,19 @@ def test_gradients_of_single_experts_are_those_of_their_parameters(
         for expert, gradient_OI in enumerate(gradient_EOI):
             own_OI = found.get(f"{name}.{expert}", torch.zeros_like(gradient_OI))
             torch.testing.assert_close(own_OI, gradient_OI, rtol=1e-3, atol=1e-5 * float(gradient_EOI.abs().max()))
+
+
+def test_inputs_of_many_wide_experts_are_told_by_their_squares():
+    """What costs is the same as with uncorrelated inputs of the same squares."""
+    generator = torch.Generator().manual_seed(0)
+    reference, degraded, inputs = (torch.randn(8, 12, generator=generator) for _ in range(3))
+    squares_I, one = inputs.double().square().sum(0), torch.tensor(1.0).double()
+    gradients = torch.rand(8, generator=generator).double()
+    spectra = [
+        spectrum(reference, degraded, Sensitivity(gradients, moments, one), 0.1, 0.1)
+        for moments in (squares_I, torch.diag(squares_I))
+    ]
+    torch.testing.assert_close(spectra[0].gains_K, spectra[1].gains_K)
 
 
 def test_what_a_change_costs_is_its_kl(models: dict[str, Path], prepared: Prepared):

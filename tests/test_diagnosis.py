@@ -181,6 +181,10 @@ def test_advice_names_only_what_can_be_adapted():
     # A closed form repairs the layers alone: a damaged head must not cost the others their repair.
     advice = advise([finding(name, 8, 8) for name in ("lm_head.weight", names[1])])
     assert (advice.action, advice.modules, advice.replaced) == ("adapters", ("up_proj",), ("lm_head.weight",))
+    # Nor are routers and gates of one output among the matrices that placements know.
+    routing = ("model.layers.0.mlp.gate.weight", "model.layers.0.mlp.shared_expert_gate.weight")
+    advice = advise([finding(names[1], 8, 8), finding(routing[0], 4, 8), finding(routing[1], 1, 8)])
+    assert (advice.modules, advice.replaced) == (("up_proj",), routing)
 
 
 def test_damage_outside_of_the_layers_matrices_is_replaced(tiny: Path, tmp_path: Path):

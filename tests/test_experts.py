@@ -106,6 +106,7 @@ def test_auto_places_adapters_on_damaged_experts(models: dict[str, Path], data: 
     assert dearest.measured == pytest.approx(dearest.predicted, abs=0.35 * weighed.costs.degraded.kl)
     delivered = deliver(recipe, runs[kind], merged=True)
     assert [one["form"] for one in json.loads((delivered / "checks.json").read_text())] == ["adapter", "merged"]
+    assert "vLLM takes no adapters of experts" in (delivered / "README.md").read_text()
 
 
 @pytest.mark.parametrize("kind", KINDS)

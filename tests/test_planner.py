@@ -15,6 +15,7 @@ from launch.planner import Layout, fits, memory, predictions, rehearsal_of, step
 from launch.recipe import Recipe
 from recovery.artifacts import REPOSITORY
 from recovery.errors import UserError
+from recovery.placement import expert_parameters, skeleton
 from tests.pipeline import tiny_recipe
 
 GPUS = Hardware(gemm_tflops=500, memory_gb_s=4000, memory_gib=64, allreduce_gb_s=200, network_gb_s=50)
@@ -81,6 +82,18 @@ def test_what_is_loaded_whole_is_planned_whole(models: dict[str, Path], tmp_path
     assert found.student == pytest.approx(rehearsed.student.total / 16)
     assert found.reference == rehearsed.reference.total
     assert found.loading >= found.runtime + 2 * rehearsed.student.total
+
+
+def test_what_the_damage_leaves_alone_is_shared(models: dict[str, Path], tmp_path: Path):
+    def share(modules: list[str]) -> float:
+        degrade = {"kind": "gaussian_noise", "relative_std": 0.5, "modules": modules}
+        return task_of(tiny_recipe(models["mixtral"], tmp_path, degrade=degrade), on(2), None, None).same_share
+
+    model = skeleton(str(models["mixtral"]), None)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    experts = sum(parameter.numel() for parameter in expert_parameters(model).values())
+    assert share(["experts.gate_up_proj", "experts.down_proj"]) == pytest.approx(1 - experts / total)
+    assert share(["k_proj"]) > 0.9
 
 
 def test_communication_grows_with_what_is_divided(task: Task):

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from recovery.adapters import add_adapter
+from recovery.adapters import adapter_parameters, add_adapter
 from recovery.config import Adapter, ModelInput, SparseLogitsTeacher, Train
 from recovery.loss import distill
 from recovery.models import check_training_path, final_hidden, head_of, load_model
-from recovery.rehearsal import Case, Rehearsal, _batch, pace, rehearse
+from recovery.placement import skeleton
+from recovery.rehearsal import Case, Rehearsal, _batch, pace, rehearse, with_adapter
 from recovery.tape import Work
 from recovery.targets import DenseTargets
 
@@ -26,6 +27,16 @@ def rehearsed(model: Path, adapter: Adapter, **changes: bool) -> Rehearsal:
 def case_of(model: Path, adapter: Adapter, train: Train | None = None) -> Case:
     given = ModelInput(path=str(model), digest="")
     return Case(given, given, adapter, train or Train(), "float32", LENGTHS, SparseLogitsTeacher())
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("budget", [1500, 30_000])
+def test_a_budget_that_goes_where_it_counts_is_rehearsed_as_large(models: dict[str, Path], name: str, budget: int):
+    """Over experts too, and not over what no adapter may sit on."""
+    adapter = Adapter(placement="auto", init="closed_form_sequential", budget=budget)
+    adapted = with_adapter(skeleton(str(models[name]), None), adapter)
+    found = sum(parameter.numel() for parameter in adapter_parameters(adapted).values())
+    assert 0.5 * budget < found <= budget
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3"])
