@@ -236,10 +236,11 @@ def with_adapter(model: Any, adapter: Adapter) -> Any:
         return add_adapter(model, adapter, 0)
     weights = matrices(model)
     prices = {name: rank_parameters(weights[name]) for name in check_adapter(model, adapter)}
-    left = budget = parameter_budget(model, adapter)
+    left = parameter_budget(model, adapter)
+    each = max(round(left / sum(prices.values())), 1)
     ranks: dict[str, int] = {}
     for name, price in prices.items():
-        rank = min(max(round(budget / sum(prices.values())), 1), *weights[name].shape[-2:])
+        rank = min(each, *weights[name].shape[-2:])
         if not ranks or rank * price <= left:
             ranks[name] = rank
             left -= rank * price
