@@ -20,7 +20,6 @@ from recovery.batches import Batch
 from recovery.calibration import batches_of
 from recovery.corpus import Tokens
 from recovery.curvature import sensitivities
-from recovery.experts import Matrix, matrix_at
 from recovery.layerwise import Stream, begin, layers_of, on_device, output_of
 from recovery.measure import Measurement, measure_streams
 from recovery.models import check_training_path, device, share_equal
@@ -191,15 +190,12 @@ def spectra_of(reference: Any, degraded: Any, batches: Sequence[Batch], width: i
     """Of every damaged matrix in the layers that may have an adapter, in the model's order."""
     names = adaptable(reference, differing(reference, degraded))
     inside = names_by_layer(reference, names)
-
-    def matrices_of(number: int) -> dict[str, Matrix]:
-        return {inner: matrix_at(reference, name) for inner, name in inside[number].items()}
-
+    theirs, own = matrices(reference), matrices(degraded)
     streams = [begin(reference, batch) for batch in batches]
     spectra: dict[str, Spectrum] = {}
     bar = progress(len(inside), "layer", "cost")
-    for number, found in sensitivities(reference, streams, matrices_of, width, seed, device(), with_inputs=True):
-        spectra |= spectra_in(reference, degraded, inside[number], found, DAMPING, DAMPING)
+    for number, found in sensitivities(reference, streams, inside, width, seed, device(), with_inputs=True):
+        spectra |= spectra_in(theirs, own, inside[number], found, DAMPING, DAMPING)
         bar.update(1)
     bar.close()
     return {name: spectra[name] for name in names if name in spectra}

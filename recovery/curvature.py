@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from recovery.closed_form import TINY, Metric, Moments, OutputMetric
-from recovery.experts import MOMENTS_BYTES, Matrix, Part
+from recovery.experts import MOMENTS_BYTES, Matrix, Part, matrix_at, single_names
 from recovery.head import Head
 from recovery.layerwise import Stream, back_through, back_through_end, layers_of, on_device, output_of
 from recovery.loss import chunks
@@ -102,7 +102,7 @@ def _add(total: Tensor, rows_TN: Tensor) -> None:
 def sensitivities(
     reference: Any,
     streams: Sequence[Stream],
-    matrices_of: Callable[[int], Mapping[str, Matrix]],
+    names: Sequence[Mapping[str, str]],
     width: int,
     seed: int,
     device: torch.device,
@@ -112,9 +112,9 @@ def sensitivities(
 ) -> Iterator[tuple[int, dict[str, Sensitivity]]]:
     """(layer, its matrices' sensitivities by name), from the last layer to the first; over all ranks.
 
-    streams: texts in front of the first layer; spent afterwards. matrices_of: those of a layer by name; each expert's
-    is found as `<name>.<expert>`. width: logits in use. The reference must have packed attention, and its layers lie on
-    the CPU.
+    streams: texts in front of the first layer; spent afterwards. names: of each layer's matrices (recovery.placement),
+    by those in the layer, which the result has; each expert's is found as `<name>.<expert>`. width: logits in use. The
+    reference must have packed attention, and its layers lie on the CPU.
     """
     tokens = torch.tensor(float(sum(len(stream.batch.ids_T) for stream in streams)), dtype=torch.float64, device=device)
     if ranks > 1:
@@ -129,11 +129,12 @@ def sensitivities(
     head = head_of(reference, width)
     behind = [back_through_end(reference, stream, drawn(stream, head, seed)) for stream in streams]
     for number in reversed(range(len(layers))):
-        layer, matrices = layers[number], matrices_of(number)
+        layer = layers[number]
+        matrices = {inner: matrix_at(reference, name) for inner, name in names[number].items()}
         found = {
             name: Sensitivity.zero(matrix, device, with_inputs=with_inputs)
             for given, matrix in matrices.items()
-            for name in (matrix.names(given) if isinstance(matrix, Part) else (given,))
+            for name in (single_names(given, len(matrix.weights_EOI)) if isinstance(matrix, Part) else [given])
         }
 
         def take(name: str, inputs_TI: Tensor, gradients_TO: Tensor) -> None:

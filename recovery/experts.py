@@ -38,9 +38,10 @@ class Part:
     def weights_EOI(self) -> Tensor:
         return getattr(self.experts, self.parameter)
 
-    def names(self, name: str) -> list[str]:
-        """Of the single experts; name: the parameter's."""
-        return [f"{name}.{expert}" for expert in range(len(self.weights_EOI))]
+
+def single_names(name: str, experts: int) -> list[str]:
+    """Of the single experts; name: their parameter's."""
+    return [f"{name}.{expert}" for expert in range(experts)]
 
 
 Matrix = nn.Linear | Part

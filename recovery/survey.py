@@ -16,7 +16,7 @@ from recovery.closed_form import OutputMetric
 from recovery.config import RepairJob
 from recovery.corpus import Tokens
 from recovery.curvature import Sensitivity, sensitivities
-from recovery.experts import Matrix, Part, matrix_at
+from recovery.experts import single_names
 from recovery.files import read_json, write_atomic, write_json
 from recovery.layerwise import begin, layers_of
 from recovery.models import device, of_first_rank
@@ -74,31 +74,31 @@ def names_by_layer(model: Any, names: Collection[str]) -> list[dict[str, str]]:
 
 
 def spectra_in(
-    reference: Any,
-    degraded: Any,
+    theirs: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
     names: Mapping[str, str],
     found: Mapping[str, Sensitivity],
     damping: float,
     outputs: float,
 ) -> dict[str, Spectrum]:
-    """By full name, of one layer's matrices that tokens came by. names: full ones, by those in `found`; dampings as
-    recovery.allocation has them."""
+    """By full name, of one layer's matrices that tokens came by.
+
+    theirs, own: all weights of the reference and of the degraded model (recovery.placement.matrices). names: full ones,
+    by those in `found`. Dampings as recovery.allocation has them.
+    """
     spectra = {}
     for inner, name in names.items():
-        right, wrong = (matrix_at(model, name) for model in (reference, degraded))
-        if isinstance(right, Part) and isinstance(wrong, Part):
-            each = [
-                spectrum(theirs_OI.to(device()), own_OI.to(device()), found[expert], damping, outputs)
-                for expert, theirs_OI, own_OI in zip(
-                    right.names(inner), right.weights_EOI, wrong.weights_EOI, strict=True
-                )
-                if float(found[expert].tokens)
-            ]
-            if each:
-                spectra[name] = of_experts(each, len(right.weights_EOI))
-        elif not isinstance(right, Part) and not isinstance(wrong, Part):
-            both = right.weight.to(device()), wrong.weight.to(device())
-            spectra[name] = spectrum(*both, found[inner], damping, outputs)
+        right, wrong = theirs[name], own[name]
+        if right.dim() == 2:
+            spectra[name] = spectrum(right.to(device()), wrong.to(device()), found[inner], damping, outputs)
+            continue
+        each = [
+            spectrum(right_OI.to(device()), wrong_OI.to(device()), found[expert], damping, outputs)
+            for expert, right_OI, wrong_OI in zip(single_names(inner, len(right)), right, wrong, strict=True)
+            if float(found[expert].tokens)
+        ]
+        if each:
+            spectra[name] = of_experts(each, len(right))
     return spectra
 
 
@@ -127,17 +127,14 @@ def survey(
     if auto:
         names = [name for name in names if name in damaged]
     inside = names_by_layer(reference, names)
-
-    def matrices_of(number: int) -> dict[str, Matrix]:
-        return {inner: matrix_at(reference, name) for inner, name in inside[number].items()}
-
+    theirs, own = matrices(reference), matrices(degraded)
     batches, any_own = batches_of(tokens, calibration_rows(tokens, job.adapter.curvature_tokens), rank, ranks)
     streams = [begin(reference, batch) for batch in batches] if any_own else []
     folder.mkdir(parents=True, exist_ok=True)
     bar = progress(len(inside), "layer", "curvature") if leader else None
     spectra: dict[str, Spectrum] = {}
     for number, found in (
-        sensitivities(reference, streams, matrices_of, width, job.seed, device(), ranks=ranks, with_inputs=auto)
+        sensitivities(reference, streams, inside, width, job.seed, device(), ranks=ranks, with_inputs=auto)
         if any(inside)
         else ()
     ):
@@ -146,7 +143,7 @@ def survey(
             write_atomic(layer_file(folder, number), save(curvatures))
             if auto:
                 dampings = job.adapter.damping, OUTPUT_DAMPING
-                spectra |= spectra_in(reference, degraded, inside[number], found, *dampings)
+                spectra |= spectra_in(theirs, own, inside[number], found, *dampings)
         if bar is not None:
             bar.update(1)
     if bar is not None:

@@ -20,7 +20,7 @@ from recovery.corpus import Split, Tokens, read_split
 from recovery.costs import predict, saturated, weigh
 from recovery.curvature import Sensitivity, drawn, sensitivities
 from recovery.errors import UserError
-from recovery.experts import Matrix, matrix_at
+from recovery.experts import matrix_at
 from recovery.layerwise import back_through, begin, layers_of, output_of
 from recovery.limits import put_right
 from recovery.models import check_training_path, final_hidden, head_of
@@ -36,15 +36,15 @@ def text_of(prepared: Prepared, split: Split = "train") -> Tokens:
     return read_split(next((prepared[2] / "artifacts").glob("generate-*")), split)
 
 
-def linear_of(model: Any, number: int) -> dict[str, Matrix]:
-    return {name: part for name, part in layers_of(model)[number].named_modules() if isinstance(part, nn.Linear)}
-
-
 def sense(model: Any, batches: list[Batch], width: int) -> dict[str, Sensitivity]:
     """Of every linear module inside the layers, by full name."""
     streams = [begin(model, batch) for batch in batches]
-    walk = sensitivities(model, streams, lambda number: linear_of(model, number), width, 0, CPU, with_inputs=True)
-    return {f"model.layers.{number}.{name}": one for number, found in walk for name, one in found.items()}
+    names = [
+        {name: f"model.layers.{number}.{name}" for name, part in layer.named_modules() if isinstance(part, nn.Linear)}
+        for number, layer in enumerate(layers_of(model))
+    ]
+    walk = sensitivities(model, streams, names, width, 0, CPU, with_inputs=True)
+    return {names[number][name]: one for number, found in walk for name, one in found.items()}
 
 
 def cost(change_OI: Tensor, sensitivity: Sensitivity) -> float:
