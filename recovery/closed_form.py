@@ -82,9 +82,11 @@ class Metric:
     def __init__(self, moments: Moments, damping: float) -> None:
         """damping: the ridge, as a share of the mean square of an input."""
         tokens = moments.tokens.clamp(min=1.0)
-        self.own_II, self.cross_II = moments.own_II / tokens, moments.cross_II / tokens
+        self.own_II = moments.own_II / tokens
+        # The widest matrices stand here: no copy more than is needed.
+        self.cross_II = self.own_II if moments.cross_II is moments.own_II else moments.cross_II / tokens
         self.ridge = float(damping * self.own_II.diagonal().mean()) + TINY
-        values_I, self.vectors_II = torch.linalg.eigh((self.own_II + self.own_II.T) / 2)
+        values_I, self.vectors_II = torch.linalg.eigh(self.own_II)  # of its lower half
         self.roots_I = (values_I.clamp(min=0.0) + self.ridge).sqrt()
 
     def factors(

@@ -228,6 +228,25 @@ def final_hidden(model: Any, batch: Batch, trees: tuple[Tree | None, ...] | None
     return output.last_hidden_state[0]
 
 
+def _short_samples(width: int) -> list[Tensor]:
+    return [torch.arange(first, first + length) % width for first, length in ((0, 8), (3, 5), (7, 11))]
+
+
+@torch.no_grad()
+def check_finite(model: Any, width: int, name: str) -> Tensor:
+    """The model's own logits (T, V) of some short samples, in float32. Raises UserError unless all are finite.
+
+    The model must not have packed attention yet.
+    """
+    base = causal_lm(model)
+    own = [base(input_ids=one[None].to(base.device), use_cache=False).logits[0] for one in _short_samples(width)]
+    own_TV = torch.cat(own)[:, :width].float()
+    if not bool(own_TV.isfinite().all()):
+        found = "its logits are not all finite: weights that overflowed, or are not numbers"
+        raise UserError(name, found, "`recover-lora diagnose` names the tensors; export it again")
+    return own_TV
+
+
 @torch.no_grad()
 def check_training_path(model: Any, width: int, name: str) -> None:
     """Raise UserError unless head(final hidden states) of packed samples equals the model's own logits of each.
@@ -235,11 +254,10 @@ def check_training_path(model: Any, width: int, name: str) -> None:
     Leaves the model with packed attention and gated products (recovery.attention, recovery.gated).
     """
     base = causal_lm(model)
-    samples = [torch.arange(first, first + length) % width for first, length in ((0, 8), (3, 5), (7, 11))]
+    samples = _short_samples(width)
     lengths = np.array([len(sample) for sample in samples])
     tokens = Tokens(np.arange(3), np.concatenate([[0], lengths.cumsum()]), torch.cat(samples).int().numpy())
-    own = [base(input_ids=sample[None].to(base.device), use_cache=False).logits[0] for sample in samples]
-    own_TV = torch.cat(own)[:, :width].float()
+    own_TV = check_finite(model, width, name)
     use_packed_attention(base)
     use_gated_products(base)
     batch = collate(tokens, (0, 1, 2)).to(base.device)
@@ -249,11 +267,8 @@ def check_training_path(model: Any, width: int, name: str) -> None:
             ours_TV = head_of(model, width).logits(hidden_TH)
     except (TypeError, AssertionError) as error:
         raise UserError(name, f"its attention cannot be packed ({error})", UNKNOWN) from error
-    tolerance = 1e-3 if own[0].dtype == torch.float32 else 2.0**-6
+    tolerance = 1e-3 if hidden_TH.dtype == torch.float32 else 2.0**-6
     worst = float((own_TV - ours_TV).abs().max() / own_TV.abs().max().clamp(min=1e-6))
-    if not bool(own_TV.isfinite().all()):
-        found = "its logits are not all finite: weights that overflowed, or are not numbers"
-        raise UserError(name, found, "`recover-lora diagnose` names the tensors; export it again")
     if worst > tolerance:
         found = f"its logits are not head(final hidden states) of packed samples (relative difference {worst:.2g})"
         raise UserError(name, found, UNKNOWN)

@@ -25,7 +25,7 @@ from recovery.config import Adapter, RepairJob
 from recovery.errors import Unavailable, UserError
 from recovery.files import HELD_OUT, write_atomic
 from recovery.measure import Measurement
-from recovery.models import check_training_path, join_ranks, load_model, share_equal
+from recovery.models import check_finite, check_training_path, join_ranks, load_model, share_equal
 from recovery.placement import check_adapter, parameter_budget
 from recovery.stage import run_stage
 from recovery.survey import differing, survey
@@ -87,6 +87,7 @@ class Workshop:
         self._reference = load_model(job.reference, job.dtype, placed=False)
         share_equal(degraded, self._reference)
         check_training_path(self._reference, self._width, "models.reference")
+        check_finite(degraded, self._width, "models.degraded")  # before anything is weighed by what is no number
         damaged = differing(self._reference, degraded)
         weighed = job.adapter.curvature_tokens and job.adapter.init != "svd"
         self._curvature = workspace.path / CURVATURE if weighed else None

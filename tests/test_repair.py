@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import recovery.repair
@@ -185,14 +185,31 @@ def test_a_killed_repair_ends_with_the_same_bytes(
         assert (resumed / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
-def test_weights_that_overflowed_are_damage_and_refused(tiny: Path):
+@pytest.mark.parametrize("placement", ["kv", "auto"])
+def test_weights_that_overflowed_are_refused_before_anything_is_weighed(
+    prepared: tuple[Path, Path, Path], tmp_path: Path, placement: str
+):
+    model, data, source = prepared
+    shutil.copytree(source, tmp_path / "runs")
+    adapter = {"init": "closed_form_sequential", "placement": placement, "rank": 2}
+    job: Any = job_of(tiny_recipe(model, data, adapter=adapter), tmp_path / "runs", "repair")
+    wrong = tmp_path / "overflowed"
+    shutil.copytree(job.degraded.path, wrong)
+    weights = load_file(wrong / "model.safetensors")
+    weights["model.layers.1.self_attn.k_proj.weight"][0, 0] = torch.inf
+    save_file(weights, wrong / "model.safetensors", metadata={"format": "pt"})
+    (wrong / "manifest.json").unlink()  # a checkpoint from elsewhere
+    job = job.model_copy(update={"degraded": ModelInput(path=str(wrong), digest="0")})
+    with pytest.raises(UserError, match=r"models\.degraded: its logits are not all finite"):
+        build(job, recovery.repair.produce, resumable=True)
+
+
+def test_weights_that_overflowed_are_damage(tiny: Path):
     right, wrong = model_at(tiny), model_at(tiny)
     matrix = wrong.get_submodule("model.layers.1.self_attn.k_proj").weight
     with torch.no_grad():
         matrix[0, 0] = torch.inf
     assert differing(right, wrong) == ["model.layers.1.self_attn.k_proj"]
-    with pytest.raises(UserError, match=r"models\.degraded: its logits are not all finite"):
-        check_training_path(wrong, width_of(tiny), "models.degraded")
 
 
 def test_two_ranks_find_what_one_finds(prepared: tuple[Path, Path, Path], tmp_path: Path):
