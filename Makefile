@@ -82,7 +82,7 @@ gemma: install ## fetch a second real model, Gemma 3 270M, into assets/ (Google'
 llama-cpp: install ## fetch llama.cpp's converter into assets/, for `recover-lora deliver --gguf`
 	@$(BIN)/python -m launch.assets llama.cpp
 
-demo: install assets ## recover a damaged 135M model end to end: 10 to 20 minutes on 2 cores
+demo: install assets ## recover a damaged 135M model end to end: 8 to 25 minutes on 2 cores
 	@$(BIN)/recover-lora run $(RECIPE)
 
 demo-vllm: install install-vllm assets ## the demo with its corpus drawn by real vLLM servers

@@ -328,8 +328,8 @@ for _name, _change, _help in (
             "With --dry-run: disk, memory and time of every kind for this recipe, predicted."
         ),
     ),
-    ("evaluate", "seed=1", "Score reference, degraded and recovered model."),
-    ("report", "seed=1", "Tables, plots and summary.json."),
+    ("evaluate", "evaluate.limit=10", "Score reference, degraded and recovered model."),
+    ("report", "evaluate.bootstrap=20000", "Tables, plots and summary.json."),
 ):
     _command(_name, _help, partial(execute, only=_name), _change)
 _command(

@@ -265,7 +265,9 @@ class Job(Config):
         try:
             payload = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise UserError(str(path), f"not a readable job file ({error})", "write it with --dry-run") from error
+            raise UserError(
+                str(path), f"not a readable job file ({error})", "`run` writes it as it begins the stage"
+            ) from error
         if not isinstance(payload, dict) or payload.get("stage") != cls.stage:
             found = payload.get("stage") if isinstance(payload, dict) else type(payload).__name__
             raise UserError(str(path), f"a job of stage {found!r}", f"give a job of stage {cls.stage!r}")
@@ -343,7 +345,7 @@ class AdapterJob(Job):
 
 class RepairJob(AdapterJob):
     stage: ClassVar[str] = "repair"
-    schema_version: ClassVar[int] = 3
+    schema_version: ClassVar[int] = 4
 
 
 class TrainJob(AdapterJob):
