@@ -39,11 +39,11 @@ def explain(recipe: Recipe, cluster: Cluster, runs_dir: Path, folder: Path | Non
         raise UserError(recipe.name, "not finished", f"run it first; there is no {report.runtime.output}")
     maker: Any = jobs.get("train", jobs.get("repair"))
     whole, output = recipe.train.parameters == "all", maker.runtime.output
-    reference, degraded = (load_model(given, maker.dtype) for given in (maker.reference, maker.degraded))
+    reference, degraded = (load_model(given, maker.dtype, placed=False) for given in (maker.reference, maker.degraded))
     texts = read_texts(maker)
     learned = None if getattr(maker, "labelled", None) is not None else texts.train
     if whole:
-        recovered = load_model(ModelInput(path=str(output), digest=""), maker.dtype)
+        recovered = load_model(ModelInput(path=str(output), digest=""), maker.dtype, placed=False)
         found = limits_of_whole(reference, degraded, recovered, learned, texts.held_out, texts.width)
     else:
         found = limits_of(reference, degraded, output, learned, texts.held_out, texts.width)

@@ -8,7 +8,7 @@ make good damage elsewhere (a sequential closed form does) may leave less than t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from recovery.adapters import load_adapter
 from recovery.calibration import FORWARD_TOKENS, calibration_rows
 from recovery.corpus import Tokens
 from recovery.measure import HeldOut, measure_on, remember
+from recovery.models import device
 from recovery.placement import counterparts, matrices
 
 
@@ -82,51 +83,57 @@ def put_right(degraded: Any, reference: Any, names: Iterable[str] | None = None)
         wrong[name].copy_(right[name])
 
 
-def as_much(learned: Tokens, held_out: Tokens) -> Tokens:
-    """The first samples that were learned from, as many tokens as are held out."""
-    return learned.head(len(calibration_rows(learned, int(held_out.lengths.sum()))))
+def parts_of(learned: Tokens | None, held_out: Tokens) -> list[Tokens]:
+    """The held-out text, and the first samples that were learned from, as many tokens."""
+    if learned is None:
+        return [held_out]
+    return [held_out, learned.head(len(calibration_rows(learned, int(held_out.lengths.sum()))))]
 
 
-def kl_to(reference: Any, width: int) -> Callable[[Any, Tokens, str], float]:
-    """A model's KL to the reference on a text; the last argument names it for the progress bar. The reference reads
-    each text once."""
-    texts: dict[int, HeldOut] = {}
-
-    def kl(model: Any, tokens: Tokens, what: str) -> float:
-        if id(tokens) not in texts:
-            texts[id(tokens)] = remember(reference, tokens, width, FORWARD_TOKENS, "reference")
-        return measure_on(texts[id(tokens)], model, width, what).kl
-
-    return kl
+def as_read(reference: Any, width: int, texts: Sequence[Tokens]) -> list[HeldOut]:
+    """What the reference makes of the texts; it makes room on the device for the models that are measured."""
+    reference.to(device())
+    found = [remember(reference, tokens, width, FORWARD_TOKENS, "reference") for tokens in texts]
+    reference.to("cpu")
+    return found
 
 
 def limits_of_whole(
     reference: Any, degraded: Any, recovered: Any, learned: Tokens | None, held_out: Tokens, width: int
 ) -> Limits:
-    """Of a model whose parameters all learned: nothing is out of its reach. All models lie on one device."""
-    kl = kl_to(reference, width)
-    left = kl(recovered, held_out, "recovered")
-    on_learned = None if learned is None else kl(recovered, as_much(learned, held_out), "recovered, learned text")
-    return Limits(kl(degraded, held_out, "degraded"), left, on_learned, modules=0.0, matrices=0.0)
+    """Of a model whose parameters all learned: nothing is out of its reach. All models lie on the CPU; one at a time is
+    on the device."""
+    held, *learned_from = as_read(reference, width, parts_of(learned, held_out))
+    before = measure_on(held, degraded.to(device()), width, "degraded").kl
+    degraded.to("cpu")
+    recovered.to(device())
+    left = measure_on(held, recovered, width, "recovered").kl
+    on_learned = [measure_on(text, recovered, width, "recovered, learned text").kl for text in learned_from]
+    return Limits(before, left, next(iter(on_learned), None), modules=0.0, matrices=0.0)
 
 
 def limits_of(
     reference: Any, degraded: Any, adapter: Path, learned: Tokens | None, held_out: Tokens, width: int
 ) -> Limits:
-    """The degraded model ends with the reference's matrices. Both models lie on one device.
+    """Both models lie on the CPU; one at a time is on the device. The degraded one ends there, with the reference's
+    matrices.
 
     Raises UserError, before anything is measured, where the reference has other matrices.
     """
     counterparts(degraded, reference, "models.degraded")
-    kl = kl_to(reference, width)
-    before = kl(degraded, held_out, "degraded")
+    held, *learned_from = as_read(reference, width, parts_of(learned, held_out))
+
+    def kl(model: Any, what: str) -> float:
+        return measure_on(held, model, width, what).kl
+
+    before = kl(degraded.to(device()), "degraded")
     adapted = load_adapter(degraded, adapter)
     names = adapted_names(adapted)
-    recovered = kl(adapted, held_out, "recovered")
-    on_learned = None if learned is None else kl(adapted, as_much(learned, held_out), "recovered, learned text")
+    recovered = kl(adapted, "recovered")
+    on_learned = [measure_on(text, adapted, width, "recovered, learned text").kl for text in learned_from]
     degraded = adapted.unload()
     put_right(degraded, reference, names)
-    modules = kl(degraded, held_out, "adapted matrices put right")
+    modules = kl(degraded, "adapted matrices put right")
     put_right(degraded, reference)
-    everything = kl(degraded, held_out, "all matrices put right")
-    return Limits(before, recovered, on_learned, modules, everything)
+    everything = kl(degraded, "all matrices put right")
+    return Limits(before, recovered, next(iter(on_learned), None), modules, everything)
