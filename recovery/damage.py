@@ -169,6 +169,11 @@ def _drop_bias(layer: Any, _: Any, __: int, ___: Any) -> None:
 def _stale(layer: Any, _: Any, number: int, layers: Any) -> None:
     if number == 0:
         raise UserError("degrade.layers", "layer 0 has none before it", "name a later one")
+    own, former = (
+        {name: one.shape for name, one in some.state_dict().items()} for some in layers[number - 1 : number + 1]
+    )
+    if own != former:
+        raise UserError("degrade.layers", f"layer {number} is of another kind than the one before it", "name another")
     layer.load_state_dict(layers[number - 1].state_dict())
 
 

@@ -203,9 +203,13 @@ def test_a_dropped_bias_and_a_head_of_its_own(models: dict[str, Path], tmp_path:
     assert torch.equal(after["lm_head.weight"], before["lm_head.weight"].roll(1, dims=0))
 
 
-def test_a_bug_that_the_architecture_cannot_have_is_the_users_mistake(tiny: Path, tmp_path: Path):
+def test_a_bug_that_the_architecture_cannot_have_is_the_users_mistake(
+    tiny: Path, models: dict[str, Path], tmp_path: Path
+):
     with pytest.raises(UserError, match="layer 0 has none before it"):
         degrade(tiny, tmp_path, kind="conversion_bug", bug="stale_layer", layers=[0])
+    with pytest.raises(UserError, match="layer 1 is of another kind than the one before it"):  # dense, then experts
+        degrade(models["deepseek_v3"], tmp_path / "b", kind="conversion_bug", bug="stale_layer", layers=[1])
     with pytest.raises(UserError, match="dropped_bias changes no tensor"):
         degrade(tiny, tmp_path, kind="conversion_bug", bug="dropped_bias")
     with pytest.raises(UserError, match="there are 2 layers"):
