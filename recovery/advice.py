@@ -30,12 +30,15 @@ def advise(findings: Sequence[Finding]) -> Advice:
     if structural:
         reasons = [f"{title}: {detail}" for title, detail in summarize(structural)]
         return Advice("export", (*reasons, "no adapter is as good as the right weights: export the model again"))
-    lost = [finding for finding in findings if finding.kind != "rounded"]
+    extra = tuple(f"{title}: {detail}" for title, detail in summarize([one for one in findings if one.kind == "extra"]))
+    lost = [finding for finding in findings if finding.kind not in ("rounded", "extra")]
+    if extra and not lost:
+        return Advice("export", (*extra, "export without it, unless the architecture ignores it"))
     if not lost:
         return Advice("nothing", ("the weights were rounded to another dtype on the way, which models bear",))
     modules = tuple(dict.fromkeys(adapted_as(finding.tensor) for finding in lost if _takes_adapter(finding)))
     others = [finding for finding in lost if not _takes_adapter(finding)]
-    reasons = (_replacement(others),) if others else ()
+    reasons = (*((_replacement(others),) if others else ()), *extra)
     return Advice("adapters" if modules else "replace", reasons, modules, tuple(one.tensor for one in others))
 
 

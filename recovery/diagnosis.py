@@ -31,7 +31,7 @@ Structural = Literal[
     "scaled",
 ]
 """Damage that exporting the model again undoes: what is wrong is where values lie, or that they were not written."""
-Kind = Structural | Literal["rounded", "pruned", "quantized", "bit_flips", "noise", "low_rank", "changed"]
+Kind = Structural | Literal["rounded", "pruned", "quantized", "bit_flips", "noise", "low_rank", "changed", "extra"]
 EXACT = 1e-5
 """Relative L2 of what is the same but for the order of a sum."""
 ROUNDED = 0.06
@@ -83,12 +83,14 @@ def examine(theirs: Checkpoint, own: Checkpoint) -> Iterator[tuple[str, Finding 
         tensor = own[name]
         if known.holder_of(tensor) is not None:
             continue  # a head that was tied and is now written out
+        if name.endswith(".bias") and not tensor.any():
+            continue  # which changes nothing
         tied = next((theirs[other] for other in embeddings if theirs.shape_of(other) == tuple(tensor.shape)), None)
         if tied is not None:
             finding = compare_tensors(name, tied, tensor)
             yield name, finding and replace(finding, detail=f"untied from the embedding: {finding.detail}")
         else:
-            yield name, Finding(name, tuple(tensor.shape), 1.0, "changed", "not in the reference")
+            yield name, Finding(name, tuple(tensor.shape), 1.0, "extra", "not in the reference")
 
 
 class Known:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from eval.heatmap import plot_tensors
@@ -139,8 +140,6 @@ def test_bugs_in_checkpoints_are_named_and_advice_is_to_export(
 
 
 def test_a_missing_tensor_is_found(tiny: Path, tmp_path: Path):
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(tiny / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     del weights[name]
@@ -151,8 +150,6 @@ def test_a_missing_tensor_is_found(tiny: Path, tmp_path: Path):
 
 def test_what_needs_no_export_and_no_adapter(tiny: Path, tmp_path: Path):
     """Weights rounded on the way, a tied head written out, buffers of old checkpoints, a second copy beside them."""
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(tiny / "model.safetensors")
     more = {"lm_head.weight": weights["model.embed_tokens.weight"].clone(), "model.rotary_emb.inv_freq": torch.ones(8)}
     reference = tmp_path / "reference"
@@ -187,9 +184,29 @@ def test_advice_names_only_what_can_be_adapted():
     assert (advice.modules, advice.replaced) == (("up_proj",), routing)
 
 
-def test_damage_outside_of_the_layers_matrices_is_replaced(tiny: Path, tmp_path: Path):
-    from safetensors.torch import load_file, save_file
+def test_what_the_reference_does_not_have_is_neither_replaced_nor_adapted(tiny: Path, tmp_path: Path):
+    folder = tmp_path / "extra"
+    shutil.copytree(tiny, folder)
+    weights = load_file(folder / "model.safetensors")
+    attention = "model.layers.0.self_attn"
+    weights[f"{attention}.q_proj.bias"] = torch.zeros(64)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert found(tiny, folder) == []
+    weights[f"{attention}.k_scale"] = torch.ones(4, 4)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    advice = advise(found(tiny, folder))
+    assert advice.action == "export"
+    assert (advice.modules, advice.replaced) == ((), ())
+    assert "k_scale" in advice.reasons[0]
+    assert "not in the reference" in advice.reasons[0]
+    weights[f"{attention}.v_proj.weight"] += 0.1 * torch.randn(weights[f"{attention}.v_proj.weight"].shape)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    advice = advise(found(tiny, folder))
+    assert (advice.action, advice.modules, advice.replaced) == ("adapters", ("v_proj",), ())
+    assert "k_scale" in advice.reasons[-1]
 
+
+def test_damage_outside_of_the_layers_matrices_is_replaced(tiny: Path, tmp_path: Path):
     degraded = tmp_path / "degraded"
     shutil.copytree(tiny, degraded)
     weights = load_file(tiny / "model.safetensors")
