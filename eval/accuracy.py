@@ -21,6 +21,8 @@ from recovery.errors import UserError
 
 CERTAIN = 3.0
 """Paired standard errors by which the reference must stand above the degraded model."""
+FEWEST = 10
+"""Items below which nothing is certain, though all of them were lost: paired errors of equal items are zero."""
 CONFIDENCE = 0.95
 
 
@@ -109,9 +111,9 @@ def recovery(
 ) -> Recovery:
     """AR% of the weighted sum of task accuracies, with its 95% percentile interval.
 
-    It is measurable where E_ref - E_deg is at least three of its paired standard errors. Not its absolute value: a
-    degraded model that scores better has lost nothing that could be recovered, and a repair that brings back the
-    reference's behaviour would show as a negative AR%.
+    It is measurable where E_ref - E_deg is at least three of its paired standard errors, over ten items or more. Not
+    its absolute value: a degraded model that scores better has lost nothing that could be recovered, and a repair that
+    brings back the reference's behaviour would show as a negative AR%.
     """
     gap = sum(weight * float(np.mean(_lost(outcomes[task]))) for task, weight in weights.items())
     if any(len(outcomes[task].reference) < 2 for task in weights):
@@ -122,7 +124,8 @@ def recovery(
     )
     error = math.sqrt(variance)
     # Differences of equal sums of fractions may leave a rounding error in place of zero.
-    if gap < CERTAIN * error or gap < 1e-12:
+    few = sum(len(outcomes[task].reference) for task in weights) < FEWEST
+    if few or gap < CERTAIN * error or gap < 1e-12:
         return Recovery(None, None, None, gap, error, False)
     means = sum((weight * outcomes[task].means for task, weight in weights.items()), np.zeros(3))
     drawn = sum((weight * draws[task] for task, weight in weights.items()), np.zeros((1, 3)))
@@ -133,15 +136,17 @@ def recovery(
 
 def kl_recovery(
     degraded: Sequence[tuple[float, int]], recovered: Sequence[tuple[float, int]], draws: int, seed: int
-) -> tuple[float, float]:
+) -> tuple[float, float] | tuple[None, None]:
     """The 95% percentile interval of 1 - KL(recovered) / KL(degraded), over texts drawn anew.
 
     degraded, recovered: of the same samples in order, (KL summed over its tokens, their number). Samples are drawn with
-    replacement, not tokens, which depend on each other.
+    replacement, not tokens, which depend on each other; a single one has no interval.
     """
     both = zip(degraded, recovered, strict=True)
     sums_S2 = np.array([[before, after] for (before, tokens), (after, _) in both if tokens])
     count = len(sums_S2)
+    if count < 2:
+        return None, None
     drawn_DS = np.random.default_rng([seed, count]).multinomial(count, np.full(count, 1 / count), size=draws)
     before_D, after_D = (drawn_DS @ sums_S2).T
     tail = (1 - CONFIDENCE) / 2

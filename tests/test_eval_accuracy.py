@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from eval.accuracy import (
     CERTAIN,
+    FEWEST,
     Outcomes,
     Recovery,
     align,
@@ -46,7 +47,7 @@ def test_gap_and_its_paired_error(rows: list[tuple[int, int, int]]):
     error = math.sqrt(variance / len(lost))
     assert found.gap == pytest.approx(mean)
     assert found.gap_se == pytest.approx(error)
-    assert found.measurable == (mean > 1e-12 and mean >= CERTAIN * error)
+    assert found.measurable == (len(lost) >= FEWEST and mean > 1e-12 and mean >= CERTAIN * error)
 
 
 @given(items)
@@ -119,6 +120,12 @@ def test_full_and_no_recovery_and_worse():
     assert whole(outcomes_of([(ref, deg, 0) for ref, deg in base])).value == pytest.approx(-100)
 
 
+def test_a_few_items_are_not_certain_though_all_were_lost():
+    lost = [(1, 0, 1)]
+    assert not whole(outcomes_of(lost * (FEWEST - 1))).measurable
+    assert whole(outcomes_of(lost * FEWEST)).measurable
+
+
 def test_one_item_cannot_be_measured():
     assert whole(outcomes_of([(1, 0, 1)])) == Recovery(None, None, None, 1.0, None, False)
 
@@ -178,3 +185,4 @@ def test_kl_recovery_is_resampled_by_whole_samples():
     assert (low, high) == pytest.approx(tuple(found), abs=1e-3)
     assert low < 1 - after.sum() / before.sum() < high
     assert kl_recovery(rows[0], rows[1], 20000, 0) == (low, high)
+    assert kl_recovery(rows[0][:1], rows[1][:1], 20000, 0) == (None, None)
