@@ -13,8 +13,10 @@ from eval.config import DeliverJob
 from eval.markdown import markdown_table
 from eval.table import HEADER, benchmark_rows, divergence_rows
 from recovery.adapters import CONFIG
+from recovery.artifacts import MANIFEST, read_manifest
 from recovery.config import ModelInput
 from recovery.files import read_json
+from recovery.sources import is_gguf
 
 if TYPE_CHECKING:
     from eval.deliver import Check
@@ -66,7 +68,7 @@ def model_card(
 # {job.name}
 
 A LoRA adapter that gives a degraded model its accuracy back. It belongs to the very weights that it was made for,
-`{base}` (sha256 of their listing {job.degraded.digest}): on others, the undamaged reference included, it does harm.
+`{base}` ({_named(job.degraded)}): on others, the undamaged reference included, it does harm.
 
 ## What comes back
 
@@ -86,7 +88,7 @@ is within noise.
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-degraded = AutoModelForCausalLM.from_pretrained("path/to/{base}")
+degraded = AutoModelForCausalLM.from_pretrained({_place(job.degraded)})
 recovered = PeftModel.from_pretrained(degraded, "path/to/this/folder")
 ```
 
@@ -103,6 +105,28 @@ Recovery was measured on synthetic text of {source} and on the benchmarks above,
 
 Licence of the reference: {licence}; an adapter made from it is a derivative.
 """
+
+
+def _named(model: ModelInput) -> str:
+    """What tells these weights from others of the name."""
+    if model.revision is not None:
+        return f"commit {model.revision}"
+    if is_gguf(model.path):
+        return f"sha256 {model.digest.removeprefix('gguf:')}"
+    if (Path(model.path) / MANIFEST).is_file():
+        return f"`content` in its {MANIFEST}: {read_manifest(Path(model.path))['content']}"
+    return f"sha256 of the JSON of its files' hashes: {model.digest}"
+
+
+def _place(model: ModelInput) -> str:
+    """The arguments of from_pretrained."""
+    if is_gguf(model.path):
+        return f'"path/to", gguf_file="{base_name(model)}"'
+    return (
+        f'"{model.path}", revision="{model.revision}"'
+        if model.revision is not None
+        else f'"path/to/{base_name(model)}"'
+    )
 
 
 def _front_matter(base: str, licence: str, made: Mapping[str, Any]) -> str:

@@ -125,6 +125,23 @@ def test_the_card_names_the_text_that_was_learned_from(recipe: Recipe, runs: Pat
     assert "can only bring back what the reference knows" not in card
 
 
+def test_the_card_says_which_weights_it_is_for(recipe: Recipe, runs: Path):
+    job: Any = stage_of(recipe, runs, merged=False).job
+    summary, manifest = read_json(job.report.path / "summary.json"), read_manifest(job.adapter.path)
+
+    def card(**degraded: Any) -> str:
+        given = job.model_copy(update={"degraded": job.degraded.model_copy(update=degraded)})
+        return model_card(given, summary, manifest, job.reference, [])
+
+    assert f"manifest.json: {read_manifest(Path(job.degraded.path))['content']})" in card()
+    gguf = card(path="models/base.gguf", digest=f"gguf:{'2' * 64}")
+    assert f"(sha256 {'2' * 64})" in gguf
+    assert 'from_pretrained("path/to", gguf_file="base.gguf")' in gguf
+    hub = card(path="org/base", revision="3" * 40, digest=f"hub:org/base@{'3' * 40}")
+    assert f"(commit {'3' * 40})" in hub
+    assert f'from_pretrained("org/base", revision="{"3" * 40}")' in hub
+
+
 def test_a_form_that_is_not_what_was_scored_is_not_delivered(
     recipe: Recipe, runs: Path, monkeypatch: pytest.MonkeyPatch
 ):
