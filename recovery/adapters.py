@@ -34,6 +34,7 @@ def add_adapter(model: Any, adapter: Adapter, seed: int, ranks: Mapping[str, int
     modules = [name for name in names if name not in experts]
     parameters = [name for name in names if name in experts]
     pattern = dict(ranks or {})
+    short = short_names(model, modules, patterns_of(adapter.placement))
     config = LoraConfig(
         r=max(pattern.values(), default=adapter.rank),
         lora_alpha=max(pattern.values(), default=adapter.effective_alpha),
@@ -51,7 +52,7 @@ def add_adapter(model: Any, adapter: Adapter, seed: int, ranks: Mapping[str, int
     # The same short patterns in the file as in the recipe: 60 full names would say no more and load no better.
     if ranks is None:
         own = adapted.peft_config["default"]
-        own.target_modules = short_names(modules, patterns_of(adapter.placement))
+        own.target_modules = short
         own.target_parameters = sorted({".".join(name.split(".")[-2:]) for name in parameters}) or None
     return adapted
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from recovery.config import Adapter, ModelInput, Placement
@@ -24,18 +24,27 @@ PLACEMENTS: dict[str, tuple[frozenset[str], ...]] = {
 EXPERTS_OLD_NAMES = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate"})
 
 
+def modules_of_text(model: Any) -> Iterator[tuple[str, Any]]:
+    """The decoder's modules by full name: what a model has beside it, such as a tower for images, no text comes by."""
+    inside = {id(module) for module in model.get_decoder().modules()}
+    return ((name, module) for name, module in model.named_modules() if id(module) in inside)
+
+
 def linear_modules(model: Any, *, head: bool = False) -> dict[str, Any]:
-    """All `nn.Linear` modules by full name, but for gates of one output: Qwen2-MoE's of its shared expert routes as its
-    routers do, which are no such modules. head: the output head too, where it has weights of its own."""
+    """All `nn.Linear` modules of the decoder by full name, but for gates of one output: Qwen2-MoE's of its shared
+    expert routes as its routers do, which are no such modules. head: the output head too, where it has weights of its
+    own."""
     from torch import nn
 
-    output = model.get_output_embeddings()
-    tied = output.weight is model.get_input_embeddings().weight
-    return {
+    found = {
         name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features > 1 and (module is not output or (head and not tied))
+        for name, module in modules_of_text(model)
+        if isinstance(module, nn.Linear) and module.out_features > 1
     }
+    output = model.get_output_embeddings()
+    if head and output.weight is not model.get_input_embeddings().weight:
+        found |= {name: module for name, module in model.named_modules() if module is output}
+    return found
 
 
 def shape_of(weight: Any) -> tuple[int, ...]:
@@ -54,7 +63,7 @@ def expert_parameters(model: Any) -> dict[str, Any]:
     Mixtral, Qwen-MoE, OLMoE and DeepSeek. Transposed ones, and those with biases or norms, are left out."""
     return {
         f"{name}.{part}": getattr(module, part)
-        for name, module in model.named_modules()
+        for name, module in modules_of_text(model)
         if getattr(module, "is_transposed", True) is False
         and module.has_gate
         and module.is_concatenated
@@ -149,10 +158,13 @@ def _last_part(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def short_names(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
-    """What PEFT needs to find these modules again: the patterns, or last parts of names where they stand for more."""
+def short_names(model: Any, names: Sequence[str], patterns: Sequence[str]) -> set[str]:
+    """What PEFT needs to find these modules again: the patterns, or last parts of names where they stand for more; the
+    names themselves where that would find others too, such as those of a tower for images."""
     plain = [pattern for pattern in patterns if pattern not in PLACEMENTS and (pattern,) != ALL]
-    return {next((one for one in plain if _matches(name, one)), _last_part(name)) for name in names}
+    short = {next((one for one in plain if _matches(name, one)), _last_part(name)) for name in names}
+    others = (name for name, _ in model.named_modules() if name not in names)
+    return set(names) if any(_matches(name, one) for name in others for one in short) else short
 
 
 def patterns_of(placement: Placement | tuple[str, ...]) -> tuple[str, ...]:
