@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,9 @@ class Stream:
     states_1TH: Tensor
     calls: list[Arguments]
     """What each layer is called with besides the states."""
+    to_shared: dict[str, list[Tensor]] = field(default_factory=dict)
+    """On the way back: gradients to the keys and values that later layers read of one before them, by what these are
+    called with in `calls`."""
 
 
 def layers_of(model: Any) -> nn.ModuleList:
@@ -155,11 +158,39 @@ def back_through(
             handles.append(matrix.register_forward_hook(noting(name)))
     handles += [experts.register_forward_hook(noting_experts(names)) for experts, names in parts.items()]
     try:
-        output_1TH = _run(layer, number, stream, states_1TH)
-        return torch.autograd.grad(output_1TH, states_1TH, gradient_1TH.to(device))[0]
+        return _gradient_to(states_1TH, layer, number, stream, gradient_1TH.to(device))
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _gradient_to(states_1TH: Tensor, layer: nn.Module, number: int, stream: Stream, gradient_1TH: Tensor) -> Tensor:
+    """Where a layer reads the keys and values of one before it (Gemma 3n, Gemma 4), the gradient to these waits in the
+    stream for that layer."""
+    shared = stream.calls[number][1].get("shared_kv_states")
+    if shared is None:
+        return torch.autograd.grad(_run(layer, number, stream, states_1TH), states_1TH, gradient_1TH)[0]
+    kept = dict(shared)
+    given = {
+        kind: tuple(one.detach().to(states_1TH.device).requires_grad_() for one in pair) for kind, pair in kept.items()
+    }
+    try:
+        shared.update(given)
+        outputs, gradients = [_run(layer, number, stream, states_1TH)], [gradient_1TH]
+        for kind in [kind for kind in stream.to_shared if shared[kind] is not given[kind]]:  # this layer made them
+            outputs += shared[kind]
+            gradients += stream.to_shared.pop(kind)
+    finally:
+        shared.update(kept)
+    leaves = [one for pair in given.values() for one in pair]
+    to_states, *to_leaves = torch.autograd.grad(outputs, [states_1TH, *leaves], gradients, allow_unused=True)
+    found = iter(to_leaves)
+    for kind, pair in given.items():
+        read = [next(found) for _ in pair]
+        if read[0] is not None:
+            before = stream.to_shared.get(kind, [0.0] * len(read))
+            stream.to_shared[kind] = [one + other for one, other in zip(before, read, strict=True)]
+    return to_states
 
 
 class _Reached(Exception):

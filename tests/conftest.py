@@ -17,8 +17,8 @@ import torch
 torch.set_num_threads(1)  # more cost tiny models more than they give
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-ARCHITECTURES = ("llama", "olmo", "gemma2", "qwen2", "gemma3", "phi3", "deepseek_v3", "mixtral", "qwen2_moe")
-WITH_BOS = ("llama", "gemma2", "gemma3")
+ARCHITECTURES = ("llama", "olmo", "gemma2", "qwen2", "gemma3", "phi3", "deepseek_v3", "mixtral", "qwen2_moe", "gemma4")
+WITH_BOS = ("llama", "gemma2", "gemma3", "gemma4")
 """Kinds whose tokenizer puts a beginning-of-text id in front."""
 SIZES = {
     "hidden_size": 64,
@@ -49,11 +49,13 @@ def make_tokenizer(*, bos: bool, extra: tuple[str, ...] = ()) -> Any:
 def make_config(kind: str, vocabulary: int) -> Any:
     """MHA OLMo, GQA Llama, Gemma2 (soft caps, sliding window), Qwen2 (biases, padded head), Gemma3 (MQA, a window in
     every other layer), Phi3 (fused projections), DeepSeek-V3 (MLA, experts beside a shared one), Mixtral (experts),
-    Qwen2-MoE (experts beside a shared one behind a gate of one output)."""
+    Qwen2-MoE (experts beside a shared one behind a gate of one output), Gemma4 (a layer that reads the keys and values
+    of the one before it, and inputs of each layer's own)."""
     from transformers import (
         DeepseekV3Config,
         Gemma2Config,
         Gemma3TextConfig,
+        Gemma4TextConfig,
         LlamaConfig,
         MixtralConfig,
         OlmoConfig,
@@ -120,6 +122,16 @@ def make_config(kind: str, vocabulary: int) -> Any:
                 num_experts_per_tok=2,
                 moe_intermediate_size=64,
                 shared_expert_intermediate_size=64,
+            )
+        case "gemma4":
+            heads: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16}
+            return Gemma4TextConfig(
+                **common,
+                **heads,
+                layer_types=["full_attention"] * 2,
+                num_kv_shared_layers=1,
+                hidden_size_per_layer_input=16,
+                vocab_size_per_layer_input=vocabulary,
             )
     raise AssertionError(kind)
 
