@@ -87,11 +87,19 @@ def _templated(turns: Turns, tokenizer: Any) -> str:
 
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False)
-    except TemplateError:
+    except TemplateError as error:
         if len(turns) < 2 or turns[0]["role"] != "system":
-            raise
+            raise _refused(error) from error
     first = {**turns[1], "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
-    return tokenizer.apply_chat_template([first, *turns[2:]], tokenize=False)
+    try:
+        return tokenizer.apply_chat_template([first, *turns[2:]], tokenize=False)
+    except TemplateError as error:
+        raise _refused(error) from error
+
+
+def _refused(error: Exception) -> UserError:
+    found = f"the model's chat template refuses a conversation: {first_line(error)}"
+    return UserError("labelled.sets", found, "leave such conversations out: turns of user and assistant in turn")
 
 
 def open_set(name: str, folder: Path | None) -> Dataset:

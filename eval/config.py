@@ -112,7 +112,7 @@ class Scores(Config):
 
 class ReportJob(Job):
     stage: ClassVar[str] = "report"
-    schema_version: ClassVar[int] = 8
+    schema_version: ClassVar[int] = 9
     name: str
     seed: int
     bootstrap: PositiveInt

@@ -111,7 +111,6 @@ def summarize(job: ReportJob, evidence: Evidence) -> dict[str, Any]:
         "trainable_parameters": int(details["trainable_parameters"]),
         "model_parameters": parameters_of(job.reference),
         "tokens_per_sample": evidence.corpus["train"]["length"]["mean"],
-        "passes": passes_over(evidence),
         "seconds": seconds(evidence.manifests),
     }
     for suffix, text in (("", "held_out"), ("_contexts", "contexts")):
@@ -126,15 +125,6 @@ def tokens_of(evidence: Evidence) -> int:
     """All that were passed over: of training, all epochs, and of the closed form before it."""
     details = evidence.adapter["details"]
     return int(details["loss_tokens"]) + int(details.get("calibration_tokens", 0))
-
-
-def passes_over(evidence: Evidence) -> float:
-    """How often a token of the corpus is counted, an epoch: more than once where a closed form looked at it too."""
-    job = evidence.adapter["job"]
-    if job.get("labelled") is not None:
-        return 1.0
-    epochs = job.get("train", {}).get("epochs", 1)
-    return max(1.0, tokens_of(evidence) / epochs / evidence.corpus["train"]["tokens"])
 
 
 def learned_kl(evidence: Evidence) -> float | None:

@@ -48,7 +48,6 @@ def result_of(summary: Mapping[str, Any]) -> dict[str, Any]:
         "parameters": summary["trainable_parameters"],
         "model_parameters": summary["model_parameters"],
         "tokens_per_sample": summary["tokens_per_sample"],
-        "passes": summary.get("passes", 1.0),
         "minutes": sum(summary["seconds"].get(stage, 0.0) for stage in OWN_STAGES) / 60,
     }
 

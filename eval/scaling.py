@@ -78,15 +78,11 @@ def accuracies(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
 
 
 def laws_file(series: Sequence[Series]) -> dict[str, Any]:
-    """The laws as JSON, each with the mean length of the samples behind it and how often their tokens were counted in
-    an epoch; series without one are left out."""
+    """The laws as JSON, each with the mean length of the samples behind it; series without one are left out."""
     return {
         one.name: {
             **one.law.to_json(),
-            **{
-                key: float(np.mean([row["result"][key] for row in one.members]))
-                for key in ("tokens_per_sample", "passes")
-            },
+            "tokens_per_sample": float(np.mean([row["result"]["tokens_per_sample"] for row in one.members])),
         }
         for one in series
         if one.law is not None

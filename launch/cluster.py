@@ -57,30 +57,29 @@ class LocalServers(ServerAccess):
     def url(self, number: int) -> str:
         return f"http://127.0.0.1:{self.port + number}"
 
-    @property
-    def number(self) -> int:
-        """Servers here and now."""
+    def number_on(self, cluster: Cluster) -> int:
+        """Servers of one of its hosts; here and now where it has none by name."""
         if isinstance(self.count, int):
             return self.count
-        if _has_gpu():
+        if cluster.hosts:
+            return cluster.processes
+        if uses_gpu(cluster):
             import torch
 
             return torch.cuda.device_count()
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
         return 2 if len(os.sched_getaffinity(0)) >= 2 and memory >= 2 * (self.kv_cache_gib + CPU_SERVER_GIB) else 1
 
-    def access_of(self, hosts: int) -> ServerAccess:
-        """How the client reaches them. A few requests more than a server decodes wait there, so that it never does.
-
-        hosts: that have servers.
-        """
+    def access_on(self, cluster: Cluster) -> ServerAccess:
+        """How the client reaches them. A few requests more than a server decodes wait there, so that it never does."""
+        number = self.number_on(cluster) * max(len(cluster.hosts), 1)
         fields = {name: getattr(self, name) for name in ServerAccess.model_fields}
         if "requests_per_server" not in self.model_fields_set:
             fields["requests_per_server"] = self.sequences + max(self.sequences // 8, 1)
         if "patience_s" not in self.model_fields_set:
             # A server that died is being started again, as long as that takes.
             fields["patience_s"] = max(self.patience_s, self.start_timeout_s)
-        return ServerAccess(**{**fields, "urls": tuple(self.url(number) for number in range(self.number * hosts))})
+        return ServerAccess(**{**fields, "urls": tuple(self.url(place) for place in range(number))})
 
 
 class ExternalServers(ServerAccess):
@@ -89,7 +88,7 @@ class ExternalServers(ServerAccess):
     kind: Literal["external"]
     urls: tuple[str, ...] = Field(min_length=1, max_length=1024)
 
-    def access_of(self, hosts: int) -> ServerAccess:  # noqa: ARG002 - they stand where they stand
+    def access_on(self, cluster: Cluster) -> ServerAccess:  # noqa: ARG002 - they stand where they stand
         return ServerAccess(**{name: getattr(self, name) for name in ServerAccess.model_fields})
 
 

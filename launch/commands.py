@@ -12,7 +12,7 @@ from pathlib import Path
 
 from datagen.config import Partition
 from launch.cluster import Cluster, LocalServers, load_cluster
-from launch.distributed import SLURM_JOB
+from launch.distributed import in_batch_job
 from launch.execution import Plan
 from launch.pipeline import dry_run, missing_inputs, run_stage_process
 from launch.recipe import Recipe, load_recipe
@@ -54,7 +54,7 @@ def execute(
             print(f"# {script_file(plan)}\n{batch_script(plan)}")
         print(dry_run(plan.wanted, plan.run_folder, cluster))
         return EXIT_DONE
-    if cluster.slurm is not None and SLURM_JOB not in os.environ:
+    if cluster.slurm is not None and not in_batch_job():
         print(submit(plan))
         return EXIT_DONE
     code = plan.run(memory, max_restarts=max_restarts)

@@ -26,6 +26,8 @@ from recovery.stage import LAUNCHER, STOP_VARIABLE
 SSH_SETTINGS = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=5", "ServerAliveCountMax=4")
 SSH_OPTIONS = tuple(part for setting in SSH_SETTINGS for part in ("-o", setting))
 SLURM_JOB = "SLURM_JOB_ID"
+SLURM_NODE = "SLURMD_NODENAME"
+"""Set on an allocation's nodes; a shell of salloc on a login node has the job's number alone."""
 SECRET = ".environment"
 """A part of the name of files whose content is shown to nobody."""
 
@@ -45,6 +47,10 @@ class Start:
     @property
     def elsewhere(self) -> bool:
         return self.stop_file is not None
+
+
+def in_batch_job() -> bool:
+    return SLURM_NODE in os.environ
 
 
 def base_environment(cluster: Cluster) -> dict[str, str]:
@@ -86,7 +92,7 @@ def _on_hosts(stage: Stage, job_file: Path, cluster: Cluster, environment: dict[
         container = ["--container-image", cluster.image] if cluster.image is not None else []
         nodes = str(slurm.nodes)
         srun = ["srun", "--nodes", nodes, "--ntasks", nodes, "--ntasks-per-node", "1", "--kill-on-bad-exit=1"]
-        head = os.environ.get("SLURMD_NODENAME", "FIRST_NODE")
+        head = os.environ.get(SLURM_NODE, "FIRST_NODE")
         torchrun = ["-m", "torch.distributed.run", "--nnodes", nodes, "--nproc-per-node", str(cluster.processes)]
         meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{head}:{cluster.master_port}"]
         meeting += ["--rdzv-id", os.environ.get(SLURM_JOB, "JOB_ID")]

@@ -18,6 +18,7 @@ import optuna
 
 from launch.execution import Plan
 from launch.outcomes import alone
+from launch.stages import Stage
 from launch.study import Halving, Point
 from recovery.artifacts import folder_of
 from recovery.files import held_out_lines
@@ -46,11 +47,15 @@ class Race:
 
 
 class Races:
-    """All races of a study; none without halving. folder: the study's, where what was seen is kept in its order, also
-    by other commands that run slices of it."""
+    """All races of a study; none without halving. plans: of the points, by name; what they had measured under another
+    recipe does not compete. folder: the study's, where what was seen is kept in its order, also by other commands that
+    run slices of it."""
 
-    def __init__(self, settings: Halving | None, points: Mapping[str, Point], folder: Path) -> None:
+    def __init__(
+        self, settings: Halving | None, points: Mapping[str, Point], plans: Mapping[str, Plan], folder: Path
+    ) -> None:
         self._settings, self._points, self._folder = settings, points, folder
+        self._trains = {name: stage.job.artifact_name for name, plan in plans.items() if (stage := _train_of(plan))}
         self._begin()
         if settings is not None:
             with alone(folder):
@@ -67,7 +72,7 @@ class Races:
 
     def observe(self, point: str, plan: Plan) -> str | None:
         """Take in what a point has measured since the last time. Why it is to be stopped, or None."""
-        stage = next((stage for stage in plan.stages if stage.label == "train"), None)
+        stage = _train_of(plan)
         if self._settings is None or stage is None:
             return None
         train = stage.job.artifact_name
@@ -93,7 +98,8 @@ class Races:
         assert self._settings is not None
         for text in whole.splitlines():
             line = json.loads(text)
-            if line["point"] in self._points and line["settings"] == self._settings.model_dump_json():
+            same_rules = line["settings"] == self._settings.model_dump_json()
+            if same_rules and line["train"] == self._trains.get(line["point"]):
                 self._take(line["point"], line["train"], line["tokens"], line["kl"])
 
     def _take(self, point: str, train: str, tokens: int, kl: float) -> None:
@@ -110,6 +116,10 @@ class Races:
         assert self._settings is not None
         with (self._folder / HALVING).open("a") as file:
             file.write(json.dumps({**line, "settings": self._settings.model_dump_json()}) + "\n")
+
+
+def _train_of(plan: Plan) -> Stage | None:
+    return next((stage for stage in plan.stages if stage.label == "train"), None)
 
 
 def _key(point: str, train: str) -> str:

@@ -14,16 +14,15 @@ from recovery.files import HashMemory, read_json
 from recovery.placement import check_adapter, matrices, parameter_budget, rank_parameters, skeleton
 
 
-def read_law(path: Path, series: str | None) -> tuple[str, Law, float, float]:
-    """One series of a study's laws.json, with the tokens of a sample behind it, and how often an epoch counts each.
+def read_law(path: Path, series: str | None) -> tuple[str, Law, float]:
+    """One series of a study's laws.json, with the tokens of a sample behind it.
 
     Raises UserError where there is none, or several and none is named.
     """
     content = read_json(path)
     try:
         laws = {
-            str(name): (Law.from_json(law), float(law["tokens_per_sample"]), float(law["passes"]))
-            for name, law in content["series"].items()
+            str(name): (Law.from_json(law), float(law["tokens_per_sample"])) for name, law in content["series"].items()
         }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(str(path), "not the laws of a study", "give <runs-dir>/<study>/laws.json") from error
@@ -47,12 +46,27 @@ def adapter_parameters(recipe: Recipe) -> int:
     return recipe.adapter.rank * sum(prices)
 
 
+def corpus_tokens(recipe: Recipe, counted: float) -> float:
+    """Tokens of the corpus of which so many are counted: all epochs, and what a closed form looks at before them, which
+    is no more in a larger corpus."""
+    adapter, epochs = recipe.adapter, recipe.train.epochs
+    looks = [adapter.calibration_tokens, adapter.curvature_tokens] if adapter.init.startswith("closed_form") else []
+    for number, most in enumerate(sorted(looks)):
+        whole = counted / (epochs + len(looks) - number)
+        if whole <= most:
+            return whole
+        counted -= most
+    return counted / epochs
+
+
 def sized_by_law(recipe: Recipe, path: Path, series: str | None, target: float) -> tuple[Recipe, str]:
     """The recipe with as many samples as reach the target, and how far that is to be trusted.
 
     target: share of the KL to recover. Raises UserError where the law names no budget.
     """
-    name, law, per_sample, passes = read_law(path, series)
+    if not recipe.train.epochs:
+        raise UserError("train.epochs", "0: nothing is learned, and a law is one of tokens learned from", "set epochs")
+    name, law, per_sample = read_law(path, series)
     size = float(parameters_of(resolve_names(recipe, HashMemory(None)).reference))
     at = {"parameters": float(adapter_parameters(recipe)), "model_parameters": size}
     budget = law.tokens_for(target, at)
@@ -60,7 +74,7 @@ def sized_by_law(recipe: Recipe, path: Path, series: str | None, target: float) 
         why = "tokens do not measurably help" if budget is None else f"it takes {rounded(None)} tokens"
         raise UserError(f"--target {target:g}", f"by series {name} {why}", "ask for less, or measure more sizes")
     per_sample = min(per_sample, recipe.generate.max_length)
-    samples = math.ceil(budget.tokens / max(recipe.train.epochs, 1) / passes / per_sample)
+    samples = math.ceil(corpus_tokens(recipe, budget.tokens) / per_sample)
     claim = (
         f"law of {path}, series {name}: {100 * target:g} % of the KL at {rounded(budget.tokens)} trained tokens "
         f"({rounded(budget.low)} to {rounded(budget.high)}), so generate.samples={samples} of {per_sample:,.0f} tokens "

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launch.cluster import Cluster
-from launch.distributed import SECRET, environment_of, start_of
+from launch.distributed import SECRET, environment_of, in_batch_job, start_of
 from launch.stages import Stage
 from recovery.artifacts import REPOSITORY
 from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, UserError
@@ -46,7 +46,7 @@ def run_stage_process(stage: Stage, run_folder: Path, cluster: Cluster, argument
     job_file = job_file_of(stage.label, run_folder)
     job_file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(job_file, stage.job.to_json())
-    if stage.distributed and cluster.slurm is not None and "SLURMD_NODENAME" not in os.environ:
+    if stage.distributed and cluster.slurm is not None and not in_batch_job():
         raise UserError("--cluster", f"{cluster.name} is for a Slurm batch job", "`recover-lora run` submits one")
     start = start_of(stage, job_file, cluster)
     for path, content in start.files.items():

@@ -114,12 +114,11 @@ def measured(cluster: Cluster, product: Product) -> Rates:
 
 def _inside(cluster: Cluster) -> float:
     """Bus bandwidth of an all-reduce between this host's processes, bytes a second."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    # Ends the workers too, which killing their launcher would leave waiting for each other.
+    command = ["timeout", "--kill-after", "10", "120", sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(cluster.processes), "--module", "launch.probe"]
     environment = {**os.environ, **({} if uses_gpu(cluster) else {"DS_ACCELERATOR": "cpu"})}
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         raise Unavailable(f"the processes of this host cannot reduce together: {done.stderr.strip()[-200:]}")

@@ -169,7 +169,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}", "not of the form section.field=value", "write e.g. --set train.epochs=2")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, *OF_YAML) as error:
         raise UserError(f"--set {override}", "its value is not YAML", "quote it") from error
     set_field(content, dotted.strip(), value, f"--set {override}")
 

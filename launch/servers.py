@@ -25,6 +25,7 @@ from types import TracebackType
 from datagen.config import GenerateJob
 from launch.cluster import Cluster, LocalServers, uses_gpu
 from launch.distributed import SSH_OPTIONS, passed_on, python_path
+from launch.share import VISIBLE
 from recovery.artifacts import REPOSITORY
 from recovery.config import Dtype, ModelInput
 from recovery.errors import Unavailable, UserError
@@ -64,10 +65,16 @@ def answers(url: str) -> bool:
         return False
 
 
-def visible_device(variable: str, number: int) -> str:
-    """The number-th of the devices that the user has left visible."""
-    visible = [device for device in os.environ.get(variable, "").split(",") if device]
-    return visible[number] if number < len(visible) else str(number)
+def visible_device(number: int) -> str:
+    """The number-th of the devices that the user has left visible, by either variable: vLLM wants both alike.
+
+    Raises UserError where there are fewer.
+    """
+    given = next((os.environ[name] for name in VISIBLE if os.environ.get(name)), "")
+    visible = [device for device in given.split(",") if device]
+    if visible and number >= len(visible):
+        raise UserError("servers.count", f"{number + 1}, but devices {given} are visible", "set as many, or auto")
+    return visible[number] if visible else str(number)
 
 
 def port_of(server: Process) -> int:
@@ -124,7 +131,8 @@ class ServerPool:
         assert isinstance(cluster.servers, LocalServers)
         self._serving, self._cluster, self._settings, self._logs = serving, cluster, cluster.servers, logs
         self._on_gpu = uses_gpu(cluster)
-        places = [(host, number) for host in cluster.hosts or (None,) for number in range(self._settings.number)]
+        each = range(self._settings.number_on(cluster))
+        places = [(host, number) for host in cluster.hosts or (None,) for number in each]
         self.servers = [
             Process(number, host, self._settings.url(index), logs / f"server-{index}.log")
             for index, (host, number) in enumerate(places)
@@ -173,7 +181,7 @@ class ServerPool:
         settings = self._settings
         own: dict[str, str] = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         if self._on_gpu:
-            own |= {name: visible_device(name, number) for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")}
+            own |= dict.fromkeys(VISIBLE, visible_device(number))
         else:
             own |= {
                 "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
@@ -190,7 +198,7 @@ class ServerPool:
     def cores(self, number: int) -> list[int]:
         """The cores of one CPU server: its share of those that this process may use."""
         available = sorted(os.sched_getaffinity(0))
-        share = self._settings.cores or max(len(available) // self._settings.number, 1)
+        share = self._settings.cores or max(len(available) // self._settings.number_on(self._cluster), 1)
         first = number * share % len(available)
         return available[first : first + share]
 

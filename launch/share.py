@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from launch.cluster import Cluster, LocalServers, uses_gpu
+from launch.distributed import in_batch_job
 from recovery.errors import UserError
 
 PORTS = 100
@@ -32,7 +33,7 @@ def shares_of(cluster: Cluster, count: int) -> list[Share]:
     Raises UserError for too many, and for a Slurm cluster whose allocation this process does not run in.
     """
     option = f"--parallel {count}"
-    if cluster.slurm is not None and (count > 1 or "SLURMD_NODENAME" not in os.environ):
+    if cluster.slurm is not None and (count > 1 or not in_batch_job()):
         found = f"cluster {cluster.name} is Slurm's, and a study submits no jobs"
         raise UserError("study", found, "run it in a batch job of yours, slice by slice (--only), one point at a time")
     if count == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def batch_script(plan: Plan) -> str:
         f"--job-name=recover-lora-{plan.recipe.name}",
         f"--nodes={slurm.nodes}",
         "--ntasks-per-node=1",
-        f"--output={log}",
+        f"--output={str(log.parent).replace('%', '%%')}/{log.name}",
         "--open-mode=append",
         "--requeue",
         f"--signal=B:TERM@{slurm.notice_s}",
@@ -40,7 +41,7 @@ def batch_script(plan: Plan) -> str:
     again = [sys.executable, "-m", "launch.cli", *typed]
     lines = [
         "#!/usr/bin/env bash",
-        *(f"#SBATCH {setting}" for setting in settings),
+        *(f"#SBATCH {_quoted(setting)}" for setting in settings),
         "set -u",
         f"cd {shlex.quote(str(Path.cwd()))}",
         f"export PYTHONPATH={shlex.quote(str(REPOSITORY))}${{PYTHONPATH:+:$PYTHONPATH}}",
@@ -54,6 +55,15 @@ def batch_script(plan: Plan) -> str:
         """exit "$code\"""",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _quoted(setting: str) -> str:
+    """As sbatch reads its lines, which is not quite as a shell does."""
+    if not re.search(r"[\s\"'\\\\#]", setting):
+        return setting
+    name, sign, value = setting.partition("=")
+    escaped = re.sub(r'([\\\\"])', r"\\\1", value if sign else name)
+    return f'{name}="{escaped}"' if sign else f'"{escaped}"'
 
 
 def submit(plan: Plan) -> str:

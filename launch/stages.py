@@ -91,7 +91,7 @@ def generate_job(
         raise UserError(
             "generate.engine", f"vllm, but cluster {cluster.name} has no servers", "give its file a `servers` section"
         )
-    access = cluster.servers.access_of(len(cluster.hosts) or 1)
+    access = cluster.servers.access_on(cluster)
     return job.model_copy(update={"runtime": job.runtime.model_copy(update={"servers": access})})
 
 

@@ -73,7 +73,7 @@ def run_study(
     shares = shares_of(cluster, parallel)
     set_up_logging("study", folder / "study.log")
     plans = plans_of(points, cluster, runs_dir)
-    races = Races(study.halving, {point.name: point for point in points}, folder)
+    races = Races(study.halving, {point.name: point for point in points}, plans, folder)
     queue = _to_do(wanted, plans, races, folder, HashMemory(runs_dir / ".hashes.json"))
     log.info("%d of %d points to do", len(queue), len(wanted))
 

@@ -29,7 +29,7 @@ from tests.pipeline import make_benchmarks, run_in_process, stages_of, tiny_reci
 
 KEYS = {
     *("kl", "top1", "kl_contexts", "top1_contexts", "ar_percent", "ar_percent_measurable", "tasks", "tokens"),
-    *("tokens_generated", "trainable_parameters", "model_parameters", "tokens_per_sample", "passes", "seconds"),
+    *("tokens_generated", "trainable_parameters", "model_parameters", "tokens_per_sample", "seconds"),
     "closed_form",
 }
 AR_KEYS = {"value", "low", "high", "gap", "gap_se", "measurable"}

@@ -13,7 +13,7 @@ import yaml
 
 from eval.law import Law, NoLaw, fit, trend
 from eval.scaling import laws_file, plot_plane, plot_scaling, scaling_text, series_of
-from launch.law import read_law
+from launch.law import corpus_tokens, read_law
 from recovery.errors import UserError
 from tests.pipeline import make_benchmarks, tiny_recipe
 from tests.test_cli import invoke
@@ -121,7 +121,7 @@ def rows() -> list[dict[str, Any]]:
         kl = {"degraded": 4.0, "recovered": 4 * min(point["left"], 0.9), "recovery": 1 - min(point["left"], 0.9)}
         kept = {name: point[name] for name in ("tokens", "parameters", "model_parameters")}
         kept["tokens"] *= 1 + 0.01 * (number % 2)  # each seed's corpus has its own length
-        kept |= {"tokens_per_sample": 30.0, "passes": 1.25}
+        kept |= {"tokens_per_sample": 30.0}
         labels = {"damage": "noise", "samples": f"{number // 2}", "seed": f"{number % 2}"}
         found.append({"labels": labels, "result": {"kl": kl, "ar_percent": ar, **kept}, "note": ""})
     few = [{**row, "labels": {**row["labels"], "damage": "rounding"}} for row in found[:2]]
@@ -200,6 +200,14 @@ def test_ar_grows_with_the_logarithm_of_tokens():
     assert trend(made[:2]) is None
 
 
+@pytest.mark.parametrize("corpus", [500.0, 20_000.0, 400_000.0])
+def test_a_closed_form_looks_at_no_more_of_a_larger_corpus(tiny: Path, tmp_path: Path, corpus: float):
+    adapter = {"init": "closed_form_sequential", "calibration_tokens": 32_768, "curvature_tokens": 8_192}
+    recipe = tiny_recipe(tiny, make_benchmarks(tmp_path / "data"), adapter=adapter, train={"epochs": 3})
+    counted = 3 * corpus + min(corpus, 32_768) + min(corpus, 8_192)
+    assert corpus_tokens(recipe, counted) == pytest.approx(corpus)
+
+
 def test_a_plan_takes_its_corpus_from_a_law(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
@@ -216,7 +224,7 @@ def test_a_plan_takes_its_corpus_from_a_law(
     assert "the law does not know it: it was not varied" in printed
     samples = int(printed.partition("generate.samples=")[2].partition(" ")[0])
     tokens = float(printed.partition("of the KL at ")[2].partition(" trained")[0].replace(",", ""))
-    assert samples == pytest.approx(tokens / 2 / 1.25 / 30, rel=0.01)
+    assert samples == pytest.approx(tokens / 2 / 30, rel=0.01)
     assert recipe.generate.max_length > 30
     assert "all predicted" in printed
     assert invoke(monkeypatch, *command, "--series", "other") == 2

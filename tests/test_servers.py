@@ -138,8 +138,8 @@ def test_killed_with_its_launcher(tmp_path: Path, models: dict[str, Path], pool:
 def test_the_shipped_example_of_external_servers_loads():
     cluster = load_cluster("servers-example")
     assert cluster.servers is not None
-    assert cluster.servers.access_of(1).api_key_env == "POOL_KEY"
-    assert cluster.servers.access_of(1).urls == ("http://127.0.0.1:8100", "http://127.0.0.1:8101")
+    assert cluster.servers.access_on(cluster).api_key_env == "POOL_KEY"
+    assert cluster.servers.access_on(cluster).urls == ("http://127.0.0.1:8100", "http://127.0.0.1:8101")
 
 
 @pytest.mark.parametrize(

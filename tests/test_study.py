@@ -291,12 +291,12 @@ def test_judgement_does_not_change_after_a_kill(tmp_path: Path, tiny: Path):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder_of(stage.job) / "held_out.jsonl").write_text(text + '{"split": "held')  # being written
 
-    races = Races(settings, by_name, folder)
+    races = Races(settings, by_name, plans, folder)
     verdicts = []
     for name, kls in (("2", [2.0]), ("4", [1.0]), ("2", [2.0, 1.5]), ("4", [1.0, 0.9])):
         measure(name, kls)
         verdicts.append(races.observe(name, plans[name]))
-    again = Races(settings, by_name, folder)
+    again = Races(settings, by_name, plans, folder)
     assert [again.observe(name, plans[name]) for name in ("2", "4")] == [
         races.observe(name, plans[name]) for name in "24"
     ]
@@ -306,16 +306,16 @@ def test_judgement_does_not_change_after_a_kill(tmp_path: Path, tiny: Path):
     measure("2", [2.0, 1.5, 1.4, 1.3])
     # A kill cut the last line short; and two commands run slices of the study, each sees what the other saw.
     log.write_text(log.read_text() + '{"point": "2", "tr')
-    beside = Races(settings, by_name, folder)
+    beside = Races(settings, by_name, plans, folder)
     assert races.observe("2", plans["2"]) == beside.observe("2", plans["2"])
     assert [json.loads(line)["tokens"] for line in log.read_text().splitlines()] == [100, 100, 200, 200, 300, 400]
-    assert Races(None, by_name, folder).observe("2", plans["2"]) is None
+    assert Races(None, by_name, plans, folder).observe("2", plans["2"]) is None
     log.unlink()  # to judge anew, while a command is at work
     measure("2", [2.0, 1.5, 1.4, 1.3, 1.2])
     races.observe("2", plans["2"])
     assert [json.loads(line)["tokens"] for line in log.read_text().splitlines()] == [100, 200, 300, 400, 500]
     other = settings.model_copy(update={"first_tokens": 1000})
-    assert Races(other, by_name, tmp_path / "other").observe("2", plans["2"]) is None
+    assert Races(other, by_name, plans, tmp_path / "other").observe("2", plans["2"]) is None
 
 
 def test_a_study_halves(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):

@@ -61,7 +61,7 @@ class Bench:
     def __init__(self, folder: Path, samples: int, new_tokens: int) -> None:
         servers = LocalServers(count=1, port=free_ports(), sequences=SEQUENCES, kv_cache_gib=2)
         self.cluster = Cluster(name="bench", device="cpu", servers=servers)
-        self.access = servers.access_of(1)
+        self.access = servers.access_on(self.cluster)
         self.folder, self.samples, self.new_tokens = folder, samples, new_tokens
         self.model = ModelInput(path=str(MODEL), digest="smollm2-135m")
         self.turns = 0
