@@ -63,6 +63,8 @@ def packed_attention(
     assert attention_mask is None, "samples are kept apart by their bounds, not by a mask"
     assert dropout == 0, "attention dropout is not there"
     assert s_aux is None, "attention sinks are not there"
+    if sliding_window is None:  # Qwen2-MoE's window is in the mask alone
+        sliding_window = getattr(_module, "sliding_window", None)
     grouped = query_BQTD.shape[1] != key_BKTD.shape[1]
     parts = []
     for number, (first, end) in enumerate(itertools.pairwise(bounds)):

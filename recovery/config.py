@@ -230,6 +230,11 @@ class Runtime(Config):
     tracking: Tracking | None = None
 
 
+NUMERICS: dict[Dtype, int] = {"bfloat16": 1}
+"""Raised where what a dtype computes with changed: its artifacts of before are not reused. 1: buffers stay as they are,
+2026-11-29 (rotary frequencies were rounded)."""
+
+
 class Job(Config):
     """Everything a stage reads. `identity` names the artifact: (stage, schema version, settings, inputs)."""
 
@@ -241,6 +246,8 @@ class Job(Config):
     def identity(self) -> str:
         settings = {name: _identity_of(getattr(self, name)) for name in type(self).model_fields if name != "runtime"}
         payload = {"stage": self.stage, "schema_version": self.schema_version, "job": settings}
+        if (numerics := NUMERICS.get(getattr(self, "dtype", "float32"))) is not None:
+            payload["numerics"] = numerics
         return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()[:16]
 
     @property

@@ -81,7 +81,8 @@ class _Distillation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient_NH,) = ctx.saved_tensors
-        return gradient_NH * grad_outputs[0].to(gradient_NH.dtype), None, None, None, None
+        # The factor, one over a step's tokens, is not rounded to a narrow dtype.
+        return (gradient_NH.to(grad_outputs[0].dtype) * grad_outputs[0]).to(gradient_NH.dtype), None, None, None, None
 
 
 def _chunk(

@@ -26,7 +26,7 @@ from recovery.gated import use_gated_products
 from recovery.head import Head
 from recovery.integers import plain_weights
 from recovery.partition import gathered
-from recovery.sources import INTEGERS, check_packing, pretrained, unpacking
+from recovery.sources import INTEGERS, check_packing, is_gguf, pretrained, unpacking
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -66,7 +66,11 @@ def checkpoint_activations(model: Any) -> None:
             module.training = True
 
 
-def join_ranks(backend: str, timeout: datetime.timedelta | None = None) -> tuple[int, int]:
+LONGEST_WAIT = datetime.timedelta(hours=12)
+"""For the others: one of them may measure alone, or have the most to do."""
+
+
+def join_ranks(backend: str, timeout: datetime.timedelta = LONGEST_WAIT) -> tuple[int, int]:
     """(rank, number of ranks) as torchrun gives them, joined where there are several; each has its own device."""
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1:
@@ -83,6 +87,14 @@ def of_first_rank(value: T, ranks: int) -> T:
     if ranks > 1:
         torch.distributed.broadcast_object_list(shared, 0)
     return shared[0]
+
+
+def of_all_ranks(value: T, ranks: int) -> list[T]:
+    """Every rank's value, in their order."""
+    found: list[Any] = [value] * ranks
+    if ranks > 1:
+        torch.distributed.all_gather_object(found, value)
+    return found
 
 
 def attention_kind(config: Any) -> str:
@@ -127,7 +139,12 @@ def load_model(given: ModelInput, dtype: Dtype | None, *, placed: bool = True) -
     model, loading = loaded
     if packing:
         model = unpacked(model, given.path)
-    model = model if wanted is None else model.to(wanted)
+    if wanted is not None and (packing or is_gguf(given.path)):
+        # Not their buffers, nor plain models at all: transformers leaves in float32 what wants it, such as the
+        # frequencies of rotary embeddings, whose angles would be off by a radian after some hundred tokens.
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(wanted)
     absent = sorted([*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])])
     if absent:
         raise UserError(

@@ -10,7 +10,6 @@ recovery.closed_form's. The artifact's folder is a PEFT adapter, with `held_out.
 
 from __future__ import annotations
 
-import datetime
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +37,6 @@ LAYERS = ".layers"
 CURVATURE = ".curvature"
 BLENDS = (1.0, 0.75, 0.5)
 """Tried where part of the damage lies in matrices without an adapter."""
-LONGEST_WAIT = datetime.timedelta(hours=12)
 
 
 def check_better(before: Measurement, after: Measurement, *, out_of_reach: bool) -> None:
@@ -78,7 +76,7 @@ class Workshop:
 
     def __init__(self, job: RepairJob, workspace: Workspace) -> None:
         # The others wait while the first rank measures the held-out text.
-        self.rank, self.ranks = join_ranks("nccl" if torch.cuda.is_available() else "gloo", LONGEST_WAIT)
+        self.rank, self.ranks = join_ranks("nccl" if torch.cuda.is_available() else "gloo")
         self._job, self._workspace = job, workspace
         texts = read_texts(job)
         self._tokens, self._held_out, self._width = texts.train, texts.held_out, texts.width

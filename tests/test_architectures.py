@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from recovery.adapters import load_adapter
 from recovery.attention import packed
@@ -16,10 +17,10 @@ from recovery.batches import Batch, collate
 from recovery.config import ModelInput
 from recovery.corpus import Tokens, read_split
 from recovery.loss import forward_kl
-from recovery.models import causal_lm, final_hidden, head_of, load_model
+from recovery.models import causal_lm, check_training_path, final_hidden, head_of, load_model
 from recovery.placement import select
 from recovery.vocabulary import load_vocabulary, used_width
-from tests.conftest import ARCHITECTURES
+from tests.conftest import ARCHITECTURES, make_config
 from tests.pipeline import make_benchmarks, measure, run_in_process, tiny_recipe
 
 
@@ -144,3 +145,23 @@ def test_bos_carries_no_loss_and_padding_of_the_head_no_mass(runs: dict[str, dic
     tokens = read_split(runs["llama"]["generate"], "train")
     assert all(tokens.row(position)[0] == 0 for position in range(len(tokens)))
     assert int(read_split(runs["qwen2"]["generate"], "train").ids.max()) < 259
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_bfloat16_model_is_the_one_that_others_load(models: dict[str, Path], kind: str):
+    """Its rotary frequencies too, which transformers keeps in float32."""
+    ours: Any = load_model(ModelInput(path=str(models[kind]), digest=""), "bfloat16")
+    theirs: Any = AutoModelForCausalLM.from_pretrained(models[kind], dtype=torch.bfloat16).eval()
+    kept = dict(theirs.named_buffers())
+    assert any("inv_freq" in name and one.dtype == torch.float32 for name, one in kept.items())
+    for name, one in (*ours.named_buffers(), *ours.named_parameters()):
+        other = kept[name] if name in kept else theirs.get_parameter(name)
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+def test_a_window_that_only_the_mask_knows_is_kept():
+    config = make_config("qwen2_moe", 259)
+    config.sliding_window, config.layer_types = 4, ["sliding_attention"] * 2
+    torch.manual_seed(0)
+    check_training_path(AutoModelForCausalLM.from_config(config).eval(), 259, "windows")
