@@ -90,6 +90,8 @@ class Recipe(Config):
     def _one_teacher(self) -> Recipe:
         if not isinstance(self.teacher, SparseLogitsTeacher):
             return self
+        if "lm_head" in self.adapter.placement:
+            raise ValueError("adapter.placement lm_head learns the head, for which sparse_logits is not made")
         loss = self.train.loss
         if loss.kind != "forward_kl" or loss.temperature != 1:
             raise ValueError("teacher.kind sparse_logits has train.loss forward_kl at temperature 1 only")

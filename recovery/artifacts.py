@@ -25,7 +25,7 @@ from pydantic import BaseModel, ValidationError
 
 from recovery.config import Job
 from recovery.errors import DamagedArtifact, UserError
-from recovery.files import HashMemory, digest_of, read_json, sync_folder, write_json
+from recovery.files import HashMemory, digest_of, read_json, sync_file, sync_folder, write_json
 from recovery.settings import Config
 
 RECIPE, CLUSTER = "recipe.yaml", "cluster.yaml"
@@ -268,6 +268,10 @@ class Workspace:
     def finish(self, details: dict[str, Any]) -> Path:
         """Hash the files, write the manifest and give the artifact its name. details: the stage's own record."""
         memory = HashMemory(None)
+        # What it was made from goes once it has its name: by then it lies on the disk, whatever happens to the host.
+        for path in self.path.rglob("*"):
+            if path.is_file() and not _hidden(path, self.path):
+                sync_file(path)
         files = {
             str(path.relative_to(self.path)): {"sha256": memory.sha256(path), "bytes": path.stat().st_size}
             for path in sorted(self.path.rglob("*"))
@@ -299,6 +303,7 @@ class Workspace:
         )
         if self.final.exists():
             raise UserError(str(self.final), "it exists already", "remove it to make it anew")
+        sync_folder(self.path)
         self.path.rename(self.final)
         sync_folder(self.final.parent)
         for path in self.final.glob(".*"):

@@ -23,7 +23,16 @@ from recovery.batches import collate, loss_positions, pack
 from recovery.config import CacheJob, Dtype, HiddenStatesTeacher, SparseLogitsTeacher
 from recovery.corpus import Tokens, check_ids, read_split, read_table, shards_of
 from recovery.head import Head
-from recovery.models import TORCH_DTYPES, check_training_path, device, final_hidden, head_of, join_ranks, load_model
+from recovery.models import (
+    TORCH_DTYPES,
+    check_training_path,
+    device,
+    final_hidden,
+    head_of,
+    join_ranks,
+    load_model,
+    of_first_rank,
+)
 from recovery.progress import progress
 from recovery.stage import run_stage
 from recovery.teacher_cache import block_path, blocks_of, bytes_per_token, write_block, write_head
@@ -159,16 +168,13 @@ def _read_shard_signal(shard: Path) -> dict[int, TopLogprobs]:
 
 
 def fill(folder: Path, tokens: Tokens, token_bytes: int, compute: Compute, rank: int, ranks: int, name: str) -> None:
-    """Write this rank's share of a split's blocks; finished ones stay."""
-    blocks = list(enumerate(blocks_of(tokens, token_bytes)))[rank::ranks]
-    total = sum(int(tokens.lengths[row]) for _, rows in blocks for row in rows)
-    done = sum(
-        int(tokens.lengths[row]) for number, rows in blocks if block_path(folder, number).exists() for row in rows
-    )
-    bar = progress(total, "tok", name, done) if rank == 0 else None
-    for number, rows in blocks:
-        if block_path(folder, number).exists():
-            continue
+    """Write this rank's share of the split's blocks that are missing; the bar is of all of them."""
+    blocks = list(enumerate(blocks_of(tokens, token_bytes)))
+    missing = of_first_rank([number for number, _ in blocks if not block_path(folder, number).exists()], ranks)
+    own = [blocks[number] for number in missing[rank::ranks]]
+    total, left = int(tokens.lengths.sum()), sum(int(tokens.lengths[rows].sum()) for _, rows in own)
+    bar = progress(total, "tok", name, total - left) if rank == 0 else None
+    for number, rows in own:
         write_block(block_path(folder, number), tokens, rows, compute(tokens, rows))
         if bar is not None:
             bar.update(sum(int(tokens.lengths[row]) for row in rows))

@@ -38,6 +38,10 @@ def read_deepspeed(name: str) -> dict[str, Any]:
     for key, owner in OWNED_BY_RECIPE.items():
         if key in content:
             raise UserError(str(path), f"it sets {key}", f"remove it there; {owner} of the recipe decides")
+    if content.get("fp16", {}).get("enabled"):
+        raise UserError(str(path), "it sets fp16", "remove it there; models.dtype of the recipe decides")
+    if (stage := content.get("zero_optimization", {}).get("stage")) not in (1, 2, 3):
+        raise UserError(str(path), f"zero_optimization.stage {stage}", "give 1, 2 or 3")
     return content
 
 

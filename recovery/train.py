@@ -36,7 +36,7 @@ from recovery.feed import Prepared
 from recovery.files import HELD_OUT, HISTORY, held_out_lines, sync_file, write_atomic
 from recovery.learner import save_learner
 from recovery.measure import Measurement
-from recovery.models import device, of_first_rank
+from recovery.models import device, of_all_ranks
 from recovery.progress import progress
 from recovery.stage import run_stage
 from recovery.stopping import Stopping
@@ -52,6 +52,10 @@ BEST = ".best"
 def resume(run: Run) -> int:
     """Restore the last good checkpoint; returns the number of steps that are done."""
     found = load_checkpoint(run.folder / CHECKPOINTS)
+    seen = of_all_ranks(-1 if found is None else found[0], run.ranks)
+    if len(set(seen)) > 1:  # before restoring, which all ranks do together
+        steps = ", ".join("none" if step < 0 else f"step {step}" for step in seen)
+        raise Unavailable(f"the ranks see other checkpoints than each other ({steps}): try again later")
     done = 0
     if found is not None:
         done, state = found
@@ -59,8 +63,6 @@ def resume(run: Run) -> int:
         batch = collate(run.tokens, rows).to(device())
         run.engine.restore(state, done, batch, run.teacher.targets(batch, run.teacher.fetch(rows)))
         log.info("going on after step %d of %d", done, len(run.plan))
-    if of_first_rank(done, run.ranks) != done:
-        raise Unavailable(f"rank {run.rank} sees another checkpoint (of step {done}) than the first: try again later")
     if run.leader:
         for name in (HISTORY, HELD_OUT):
             _keep_until(run.folder / name, done if found is not None else -1)

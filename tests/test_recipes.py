@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -116,6 +117,14 @@ def test_deepspeed_files_own_what_the_recipe_does_not(tmp_path: Path):
     bad.write_text('{"gradient_clipping": 1.0}')
     with pytest.raises(UserError, match=r"train\.max_grad_norm of the recipe"):
         read_deepspeed(str(bad))
+    for content, told in (
+        ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage 0"),
+        ({"bf16": {"enabled": True}}, "zero_optimization.stage None"),
+        ({"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}, "it sets fp16"),
+    ):
+        bad.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=told):
+            read_deepspeed(str(bad))
 
 
 @pytest.mark.parametrize("module", ["launch.recipe", "launch.cluster", "launch.cli", "eval.config", "datagen.config"])
