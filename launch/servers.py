@@ -36,6 +36,11 @@ PROCESSOR = "datagen.vllm_processor:HybridSampling"
 CPU_BATCH_TOKENS = 4096
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # servers of this host, past any proxy
 POLL_S = 1.0
+PAUSE_S = 30.0
+"""Before the second restart of a server, twice as long before each later one: a link that is down for some minutes, or
+a host that has not noticed yet, uses none of them up for nothing."""
+HEALTHY_S = 600.0
+"""After so long a life, earlier deaths no longer count."""
 STOP_S = 15.0
 LAST_LINES = 5
 
@@ -53,6 +58,10 @@ class Process:
     process: subprocess.Popen[bytes] | None = None
     was_healthy: bool = False
     restarts: int = 0
+    begun: float = 0.0
+    """Monotonic time of the last start."""
+    due: float | None = None
+    """When it is to be started again, where it died."""
     given_up: bool = False
 
 
@@ -75,6 +84,17 @@ def visible_device(number: int) -> str:
     if visible and number >= len(visible):
         raise UserError("servers.count", f"{number + 1}, but devices {given} are visible", "set as many, or auto")
     return visible[number] if visible else str(number)
+
+
+def is_free(port: int) -> bool:
+    """Whether nobody listens there on this host's loopback interface."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def port_of(server: Process) -> int:
@@ -237,17 +257,11 @@ class ServerPool:
                 "servers.python", f"no file {self.python}", "`make install-vllm` makes .venv-vllm, or name another"
             )
         for server in servers:
-            port = port_of(server)
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind(("127.0.0.1", port))
-                except OSError as error:
-                    raise UserError(
-                        "servers.port", f"port {port} is in use", "choose another, or end its user"
-                    ) from error
+            if not is_free(port_of(server)):
+                raise UserError("servers.port", f"port {port_of(server)} is in use", "choose another, or end its user")
 
     def _start(self, server: Process) -> None:
+        server.begun, server.due = time.monotonic(), None
         self._logs.mkdir(parents=True, exist_ok=True)
         port = self.own_port(server)
         command, environment = [*self.command(), "--port", str(port)], self.environment(server.number)
@@ -306,11 +320,23 @@ class ServerPool:
             bar.close()
 
     def _supervise(self) -> None:
-        """Start a dead server again, up to max_restarts times; one that is given up leaves the others to work on."""
+        """Start a dead server again, up to max_restarts times; one that is given up leaves the others to work on. One
+        that was running before us, and has ended with whoever started it, is started here."""
         while not self._stopping.wait(POLL_S):
             for server in self.servers:
                 self._say(server, b"\n")
-                if server.process is None or server.given_up or server.process.poll() is None:
+                now = time.monotonic()
+                if server.process is None:
+                    if is_free(port_of(server)):
+                        log.warning("server %s, which ran before us, has ended; it is started here", server.url)
+                        server.was_healthy = True
+                        self._start(server)
+                    continue
+                if server.given_up:
+                    continue
+                if server.process.poll() is None:
+                    if now - server.begun > HEALTHY_S:
+                        server.restarts = 0
                     continue
                 # One that never came up would only fail the same way again.
                 if not server.was_healthy or server.restarts >= self._settings.max_restarts:
@@ -320,6 +346,10 @@ class ServerPool:
                     if server.was_healthy:
                         log.error("%s\n%s", message, self._end_of_log(server))
                     self._failure = Unavailable(f"{message}\n{self._end_of_log(server)}")
+                    continue
+                if (due := server.due) is None:
+                    due = server.due = now + (PAUSE_S * 2 ** (server.restarts - 1) if server.restarts else 0.0)
+                if now < due:
                     continue
                 server.restarts += 1
                 log.warning("server %s died; start %d of %d", server.url, server.restarts, self._settings.max_restarts)

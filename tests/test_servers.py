@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from launch.cluster import Cluster, LocalServers, load_cluster
-from launch.servers import ServerPool, Serving, answers
+from launch.servers import ServerPool, Serving, answers, visible_device
 from recovery.errors import Unavailable, UserError, UserErrors
 from tests.conftest import REPOSITORY
 from tests.processes import children_of, free_ports, group_of, wait_until
@@ -45,7 +45,8 @@ def pool(tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatc
 
     def make(**settings: Any) -> ServerPool:
         count = settings.pop("count", 2)
-        servers = LocalServers(count=count, python=script, port=free_ports(count), **settings)
+        settings.setdefault("port", free_ports(count))
+        servers = LocalServers(count=count, python=script, **settings)
         job = make_job(models["qwen2"], tmp_path / "corpus", [])
         return ServerPool(Serving.of(job), Cluster(name="test", device="cpu", servers=servers), tmp_path / "logs")
 
@@ -82,6 +83,33 @@ def test_a_dead_server_is_started_again_and_its_engine_with_it(pool: Any):
         wait_until(lambda: first.given_up)
         assert not running.is_lost  # the other one works on
         assert answers(running.servers[1].url)
+
+
+def test_one_that_ran_before_is_taken_over_when_its_own_run_ends(pool: Any):
+    port = free_ports(1)
+    with pool(count=1, port=port) as first, pool(count=1, port=port) as second:
+        (server,) = second.servers
+        assert server.process is None
+        first.stop()
+        wait_until(lambda: server.process is not None and answers(server.url))
+        assert not second.is_lost
+
+
+def test_on_a_gpu_both_variables_name_the_device_that_was_left_visible(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "4,6")
+    assert [visible_device(number) for number in range(2)] == ["4", "6"]
+    with pytest.raises(UserError, match=r"servers\.count: 3, but devices 4,6 are visible"):
+        visible_device(2)
+    monkeypatch.delenv("HIP_VISIBLE_DEVICES")
+    assert visible_device(2) == "2"
+
+
+def test_named_hosts_have_a_server_for_each_of_their_devices():
+    cluster = Cluster(name="c", nodes=("a", "b"), processes=8, servers=LocalServers(count="auto"))
+    assert isinstance(cluster.servers, LocalServers)
+    assert cluster.servers.number_on(cluster) == 8
+    assert len(cluster.servers.access_on(cluster).urls) == 16
 
 
 def test_one_that_does_not_come_up_is_told_with_the_end_of_its_log(pool: Any, tmp_path: Path):
