@@ -20,7 +20,7 @@ from launch.recipe import Recipe
 from launch.resolve import Names, check_models, resolve_names
 from launch.servers import ServerPool, Serving
 from launch.stages import Stage, build_stages, partition_stage
-from recovery.artifacts import CLUSTER, RECIPE, turn
+from recovery.artifacts import CLUSTER, RECIPE, alone, turn
 from recovery.config import Job
 from recovery.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, Unavailable, UserError
 from recovery.files import HashMemory, write_atomic
@@ -47,6 +47,8 @@ class Plan:
     stages: list[Stage]
     wanted: list[Stage]
     only: str | None
+    part: bool = False
+    """Of a corpus whose other parts other processes make, in the same run's folder."""
 
     @classmethod
     def of(
@@ -64,7 +66,7 @@ class Plan:
         if partition is not None:
             stages = [partition_stage(recipe, names, cluster, runs_dir, partition)]
         wanted = [stage for stage in stages if only in (None, stage.command)]
-        return cls(recipe, cluster, runs_dir, names, stages, wanted, only)
+        return cls(recipe, cluster, runs_dir, names, stages, wanted, only, part=partition is not None)
 
     @property
     def run_folder(self) -> Path:
@@ -96,12 +98,16 @@ class Plan:
         from launch.tracking import tracked
         from recovery.stage import set_up_logging
 
-        set_up_logging("run", self.run_folder / "logs" / "run.log")
-        write_origin(self.recipe, self.cluster, self.run_folder)
-        unlink_former(self.stages, self.run_folder)
-        with tracked(self.recipe, self.runs_dir, parent, self.stages, self.cluster) as run:
-            stages = [stage.tracked_by(run.tracking) for stage in self.wanted]
-            run.code = self._run_stages(stages, memory, max_restarts, in_turn)
+        # Two commands of one name would start each other's jobs, and one would tell of the other's result.
+        remedy = "wait for that one to end, or give this one a name of its own (--set name=...)"
+        busy = UserError(self.recipe.name, f"another command is at work in {self.run_folder}", remedy)
+        with nullcontext() if in_turn or self.part else alone(self.run_folder / ".run.lock", busy):
+            set_up_logging("run", self.run_folder / "logs" / "run.log")
+            write_origin(self.recipe, self.cluster, self.run_folder)
+            unlink_former(self.stages, self.run_folder)
+            with tracked(self.recipe, self.runs_dir, parent, self.stages, self.cluster) as run:
+                stages = [stage.tracked_by(run.tracking) for stage in self.wanted]
+                run.code = self._run_stages(stages, memory, max_restarts, in_turn)
         return run.code
 
     def _run_stages(self, stages: list[Stage], memory: HashMemory, max_restarts: int, in_turn: bool) -> int:

@@ -158,15 +158,16 @@ def verify(folder: Path, memory: HashMemory | None = None) -> dict[str, Any]:
     return manifest
 
 
-def _lock_soon(file: IO[str], artifact: Path) -> None:
-    """Lock within seconds: a stage whose launcher was just killed needs a moment to notice and end."""
+def _lock_soon(file: IO[str], busy: UserError) -> None:
+    """Lock within seconds: a stage whose launcher was just killed needs a moment to notice and end. Raises `busy` where
+    another process holds it for longer."""
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             if time.monotonic() > deadline:
-                raise UserError(str(artifact), "another process is building it", "wait for that one to end") from error
+                raise busy from error
             time.sleep(0.2)
 
 
@@ -189,6 +190,15 @@ def is_locked(path: Path) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+@contextlib.contextmanager
+def alone(path: Path, busy: UserError) -> Iterator[None]:
+    """While no other process holds this path, to the end of the block or process. Raises `busy` where one does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        _lock_soon(file, busy)
+        yield
 
 
 @contextlib.contextmanager
@@ -238,7 +248,8 @@ class Workspace:
     def __enter__(self) -> Workspace:
         self.final.parent.mkdir(parents=True, exist_ok=True)
         self._lock = _lock_of(self.final).open("a")
-        _lock_soon(self._lock, self.final)
+        busy = UserError(str(self.final), "another process is building it", "wait for that one to end")
+        _lock_soon(self._lock, busy)
         if self.path.exists() and not self.resumable:
             shutil.rmtree(self.path)
         self.path.mkdir(exist_ok=True)

@@ -14,6 +14,8 @@ import pytest
 import yaml
 
 from launch.cli import main
+from recovery.artifacts import alone
+from recovery.errors import UserError
 from recovery.files import write_atomic
 from tests.conftest import REPOSITORY, make_model
 from tests.pipeline import make_benchmarks, run_in_process, tiny_recipe
@@ -42,6 +44,7 @@ def recipe_for(model: Path, data: Path) -> dict[str, object]:
 
 
 MISTAKES = {
+    "a value that YAML cannot make": (["--set", "name=2024-02-30"], "its value is not YAML"),
     "unknown key": (["--set", "train.learning_rat=1"], "train.learning_rat: unknown field; did you mean learning_rate"),
     "wrong type": (["--set", "train.epochs=many"], "train.epochs: found 'many'"),
     "out of range": (["--set", "generate.temperature=0"], "generate.temperature: found 0"),
@@ -164,6 +167,18 @@ def test_a_stage_alone_names_what_it_needs(
     recipe = write_recipe(tmp_path, recipe_for(tiny, data))
     assert invoke(monkeypatch, "train", str(recipe), "--runs-dir", str(tmp_path / "runs")) == 2
     assert "train: needs degrade, generate, contexts, not finished" in capsys.readouterr().err
+
+
+def test_two_commands_of_one_name_do_not_work_at_once(
+    tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("recovery.artifacts.LOCK_SECONDS", 0.3)
+    recipe, runs = write_recipe(tmp_path, recipe_for(tiny, data)), tmp_path / "runs"
+    with alone(runs / "tiny" / ".run.lock", UserError("the test", "it is held", "wait")):
+        assert invoke(monkeypatch, "degrade", str(recipe), "--runs-dir", str(runs)) == 2
+        assert "tiny: another command is at work in" in capsys.readouterr().err
+        assert [path.name for path in (runs / "tiny").iterdir()] == [".run.lock"]
+    assert invoke(monkeypatch, "degrade", str(recipe), "--runs-dir", str(runs)) == 0
 
 
 def test_a_changed_recipe_leaves_no_link_to_what_the_former_one_made(
