@@ -122,11 +122,9 @@ def _place(model: ModelInput) -> str:
     """The arguments of from_pretrained."""
     if is_gguf(model.path):
         return f'"path/to", gguf_file="{base_name(model)}"'
-    return (
-        f'"{model.path}", revision="{model.revision}"'
-        if model.revision is not None
-        else f'"path/to/{base_name(model)}"'
-    )
+    if model.revision is not None:
+        return f'"{model.path}", revision="{model.revision}"'
+    return f'"path/to/{base_name(model)}"'
 
 
 def _front_matter(base: str, licence: str, made: Mapping[str, Any]) -> str:

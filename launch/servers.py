@@ -201,7 +201,8 @@ class ServerPool:
         settings = self._settings
         own: dict[str, str] = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         if self._on_gpu:
-            own |= dict.fromkeys(VISIBLE, visible_device(number))
+            # What is visible here says nothing of other hosts.
+            own |= dict.fromkeys(VISIBLE, str(number) if self._cluster.hosts else visible_device(number))
         else:
             own |= {
                 "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),

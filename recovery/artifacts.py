@@ -280,13 +280,16 @@ class Workspace:
         """Hash the files, write the manifest and give the artifact its name. details: the stage's own record."""
         memory = HashMemory(None)
         # What it was made from goes once it has its name: by then it lies on the disk, whatever happens to the host.
-        for path in self.path.rglob("*"):
-            if path.is_file() and not _hidden(path, self.path):
-                sync_file(path)
-        files = {
-            str(path.relative_to(self.path)): {"sha256": memory.sha256(path), "bytes": path.stat().st_size}
+        payload = [
+            path
             for path in sorted(self.path.rglob("*"))
             if path.is_file() and path != self.path / MANIFEST and not _hidden(path, self.path)
+        ]
+        for path in payload:
+            sync_file(path)
+        files = {
+            str(path.relative_to(self.path)): {"sha256": memory.sha256(path), "bytes": path.stat().st_size}
+            for path in payload
         }
         inputs = {}
         for name, given in self.job.inputs().items():
