@@ -34,7 +34,7 @@ def add_adapter(model: Any, adapter: Adapter, seed: int, ranks: Mapping[str, int
     modules = [name for name in names if name not in experts]
     parameters = [name for name in names if name in experts]
     pattern = dict(ranks or {})
-    short = short_names(model, modules, patterns_of(adapter.placement))
+    short = short_names(model, modules, patterns_of(adapter.placement)) if ranks is None else set(modules)
     config = LoraConfig(
         r=max(pattern.values(), default=adapter.rank),
         lora_alpha=max(pattern.values(), default=adapter.effective_alpha),

@@ -163,8 +163,9 @@ def short_names(model: Any, names: Sequence[str], patterns: Sequence[str]) -> se
     names themselves where that would find others too, such as those of a tower for images."""
     plain = [pattern for pattern in patterns if pattern not in PLACEMENTS and (pattern,) != ALL]
     short = {next((one for one in plain if _matches(name, one)), _last_part(name)) for name in names}
-    others = (name for name, _ in model.named_modules() if name not in names)
-    return set(names) if any(_matches(name, one) for name in others for one in short) else short
+    own = set(names)
+    others = (name for name, _ in model.named_modules() if name not in own)
+    return own if any(_matches(name, one) for name in others for one in short) else short
 
 
 def patterns_of(placement: Placement | tuple[str, ...]) -> tuple[str, ...]:
