@@ -139,9 +139,10 @@ def memory(task: Task, layout: Layout, rehearsed: Rehearsal) -> Memory:
     own, theirs = rehearsed.student, rehearsed.reference
     student, reference = float(own.total), float(theirs.total if online else 0)
     # What a device computes with is whole while it is used.
-    buffers = min(zero.reduce_elements, rehearsed.trainable) * width
+    # Gradients are reduced in float32; ZeRO-2 alone gathers them in the model's own type before.
+    buffers = min(zero.reduce_elements, rehearsed.trainable) * 4
     if task.rates.gpu:
-        buffers = zero.reduce_elements * (4 if zero.stage == 1 else width)
+        buffers = buffers + zero.reduce_elements * width if zero.stage == 2 else zero.reduce_elements * 4
     if divided:
         pieces = 1 / devices + (1 / zero.secondary if zero.secondary > 1 else 0)
         models = (own, theirs) if online and in_pieces else (own,)
@@ -189,7 +190,7 @@ def step(task: Task, layout: Layout, rehearsed: Rehearsal) -> Step:
     link = rates.across_bytes_s if task.hosts > 1 else rates.inside_bytes_s
     assert link is not None, "rates_of has looked for it"
     # Gradients are reduced to their owners, and what was learned is gathered from them.
-    sent = 2 * share * rehearsed.trainable * task.width
+    sent = share * rehearsed.trainable * (4 + task.width)
     seconds = sent / link
     if zero.stage == 3:
         forward = share * (rehearsed.student.total + (rehearsed.reference.total if online else 0))

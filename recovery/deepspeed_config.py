@@ -57,6 +57,7 @@ def complete(content: dict[str, Any], dtype: Dtype, max_grad_norm: float) -> dic
     if config["bf16"]["enabled"]:
         # Hundreds of micro-batches, or of ranks, added up in bfloat16 would lose what each of the last ones brings.
         config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+        config.setdefault("communication_data_type", "fp32")
     config.update(
         train_micro_batch_size_per_gpu=1,
         gradient_accumulation_steps=1,

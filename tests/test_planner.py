@@ -100,7 +100,7 @@ def test_communication_grows_with_what_is_divided(task: Task):
     plain, pieces = (Layout(name, "online", checkpointing=False) for name in ("zero2", "zero3"))
     found = {layout: step(task, layout, rehearsal_of(task, layout)) for layout in (plain, pieces)}
     trainable = rehearsal_of(task, plain).trainable
-    assert found[plain].sent == pytest.approx(2 * 15 / 16 * trainable * task.width)
+    assert found[plain].sent == pytest.approx(15 / 16 * trainable * (4 + task.width))
     weights = rehearsal_of(task, pieces).student.total
     assert found[pieces].sent == pytest.approx(found[plain].sent + task.rounds * 15 / 16 * 3 * weights)
     assert found[pieces].communication == pytest.approx(found[pieces].sent / 50e9)

@@ -111,8 +111,9 @@ def test_overrides_are_read_as_yaml_and_checked(tmp_path: Path):
 def test_deepspeed_files_own_what_the_recipe_does_not(tmp_path: Path):
     for path in FOLDER.glob("*.json"):
         content = read_deepspeed(path.stem)
-        assert complete(content, "bfloat16", 1.0)["bf16"]["enabled"] is True
-        assert complete(content, "float32", 1.0)["bf16"]["enabled"] is False
+        narrow, wide = complete(content, "bfloat16", 1.0), complete(content, "float32", 1.0)
+        assert (narrow["bf16"]["enabled"], wide["bf16"]["enabled"]) == (True, False)
+        assert (narrow["communication_data_type"], narrow["data_types"]["grad_accum_dtype"]) == ("fp32", "fp32")
     bad = tmp_path / "bad.json"
     bad.write_text('{"gradient_clipping": 1.0}')
     with pytest.raises(UserError, match=r"train\.max_grad_norm of the recipe"):

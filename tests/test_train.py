@@ -326,21 +326,28 @@ def test_training_that_never_helps_delivers_nothing(prepared: tuple[Path, Path, 
 
 
 @pytest.mark.parametrize(
-    ("zero", "learns"),
-    [("zero1", "adapters"), ("zero3", "adapters"), ("all of it partitioned", "adapters"), ("zero2", "all")],
+    ("zero", "learns", "dtype"),
+    [
+        ("zero1", "adapters", "float32"),
+        ("zero1", "adapters", "bfloat16"),
+        ("zero3", "adapters", "bfloat16"),
+        ("all of it partitioned", "adapters", "float32"),
+        ("zero2", "all", "float32"),
+    ],
 )
 def test_two_ranks_take_the_same_steps_as_one(
-    prepared: tuple[Path, Path, Path], tmp_path: Path, zero: str, learns: str
+    prepared: tuple[Path, Path, Path], tmp_path: Path, zero: str, learns: str, dtype: str
 ):
     """Through torchrun; an odd number of micro-batches leaves one rank without one now and then."""
     if not zero.startswith("zero"):
         zero = partitioned(tmp_path)
     settings: dict[str, Any] = {"epochs": 1, "batch_tokens": 320, "micro_batch_tokens": 160, "deepspeed": zero}
     settings |= {"parameters": learns, "learning_rate": 1e-2 if learns == "adapters" else 1e-3}
-    alone = train_with(prepared, tmp_path / "a", None, **settings)
+    alone = train_with(prepared, tmp_path / "a", None, dtype, **settings)
     model, data, source = prepared
     shutil.copytree(source, tmp_path / "b")
     job = job_of(tiny_recipe(model, data, train={**SHORT, **settings}), tmp_path / "b", "train")
+    job = job.model_copy(update={"dtype": dtype})
     file = tmp_path / "job.json"
     file.write_text(job.to_json())
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
