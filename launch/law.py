@@ -50,13 +50,10 @@ def corpus_tokens(recipe: Recipe, counted: float) -> float:
     """Tokens of the corpus of which so many are counted: all epochs, and what a closed form looks at before them, which
     is no more in a larger corpus."""
     adapter, epochs = recipe.adapter, recipe.train.epochs
-    looks = [adapter.calibration_tokens, adapter.curvature_tokens] if adapter.init.startswith("closed_form") else []
-    for number, most in enumerate(sorted(looks)):
-        whole = counted / (epochs + len(looks) - number)
-        if whole <= most:
-            return whole
-        counted -= most
-    return counted / epochs
+    # Its fit, and the pass of the gradients over the same text.
+    looks = 1 + adapter.curvature if adapter.init.startswith("closed_form") else 0
+    whole = counted / (epochs + looks)
+    return whole if whole <= adapter.calibration_tokens else (counted - looks * adapter.calibration_tokens) / epochs
 
 
 def sized_by_law(recipe: Recipe, path: Path, series: str | None, target: float) -> tuple[Recipe, str]:

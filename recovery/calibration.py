@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from recovery.batches import Batch, collate, pack
 from recovery.corpus import Tokens
 
@@ -29,3 +32,13 @@ def batches_of(tokens: Tokens, rows: Sequence[int], rank: int, ranks: int) -> tu
     groups = pack(list(rows), tokens.lengths, FORWARD_TOKENS)
     own = groups[rank::ranks]
     return [collate(tokens, group) for group in own or groups[:1]], bool(own)
+
+
+def places_of(batch: Batch, tokens: Tokens, rows: Sequence[int]) -> Tensor:
+    """int64 (T,): where the batch's tokens stand in the text of all these rows, one behind the other."""
+    ends = tokens.lengths[list(rows)].cumsum().tolist()
+    starts = dict(zip(rows, [0, *ends], strict=False))
+    lengths = [end - begin for begin, end in zip(batch.bounds, batch.bounds[1:], strict=False)]
+    return torch.cat(
+        [torch.arange(starts[row], starts[row] + length) for row, length in zip(batch.rows, lengths, strict=True)]
+    )

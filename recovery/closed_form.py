@@ -17,6 +17,8 @@ the same ridged moment is in both places, so that moments without full rank do n
 Outputs need not count alike: with G = E[g g^T], g the gradient of the reference's log-probabilities to the layer's
 output (recovery.curvature), the change D of the weights costs 1/2 tr(G D C D^T) nats a token, and the best rank-R one
 truncates G^(1/2) M (C + l I)^(1/2).
+
+Nor need tokens: C and X may be means weighed by w, how much the reference's distribution depends on the layer there.
 """
 
 from __future__ import annotations
@@ -36,11 +38,11 @@ class Moments:
     """Second moments of one layer's inputs over calibration tokens, float64 sums on the inputs' device."""
 
     own_II: Tensor
-    """sum of x_s x_s^T"""
+    """sum of w x_s x_s^T"""
     cross_II: Tensor
-    """sum of x_t x_s^T"""
+    """sum of w x_t x_s^T"""
     tokens: Tensor
-    """float64 scalar"""
+    """float64 scalar: sum of w"""
 
     @classmethod
     def zero(cls, width: int, device: torch.device) -> Moments:
@@ -53,13 +55,15 @@ class Moments:
         own, cross = (torch.eye(width, dtype=torch.float64, device=device) for _ in range(2))
         return cls(own, cross, torch.ones((), dtype=torch.float64, device=device))
 
-    def add(self, student_TI: Tensor, reference_TI: Tensor) -> None:
-        """Inputs at the same tokens; products in float32 at least, summed in float64."""
+    def add(self, student_TI: Tensor, reference_TI: Tensor, weights_T: Tensor | None = None) -> None:
+        """Inputs at the same tokens, and how much each of these counts (1 unless given); products in float32 at least,
+        summed in float64."""
         wide = torch.promote_types(student_TI.dtype, torch.float32)
         student_TI, reference_TI = student_TI.to(wide), reference_TI.to(wide)
-        self.own_II += student_TI.T @ student_TI
-        self.cross_II += reference_TI.T @ student_TI
-        self.tokens += len(student_TI)
+        weighed_TI = student_TI if weights_T is None else student_TI * weights_T.to(wide)[:, None]
+        self.own_II += weighed_TI.T @ student_TI
+        self.cross_II += reference_TI.T @ weighed_TI
+        self.tokens += len(student_TI) if weights_T is None else weights_T.sum(dtype=torch.float64)
 
     def all_reduce(self) -> None:
         for tensor in (self.own_II, self.cross_II, self.tokens):

@@ -61,13 +61,13 @@ class Adapter(Config):
     the rank (what LoftQ's initialisation is for given weights), to compare with. closed_form: the best change of each
     layer by itself, from both models' weights and the inputs that the reference gives the layer.
     closed_form_sequential: each layer in turn, on the inputs that the student repaired so far really gives it."""
-    calibration_tokens: PositiveInt = 32768
-    """Tokens of the corpus from which a closed form takes the layers' inputs."""
+    calibration_tokens: PositiveInt = 16384
+    """Tokens of the corpus that a closed form is fitted on."""
     damping: PositiveFloat = 0.1
     """Ridge of a closed form, as a share of the mean square of a layer's inputs."""
-    curvature_tokens: NonNegativeInt = 8192
-    """Tokens of the corpus from which a closed form learns how much each output of a layer counts for the reference's
-    distribution (K-FAC); 0: all outputs count alike, as in QERA and EoRA."""
+    curvature: bool = True
+    """A closed form weighs each layer's outputs, and each token, by how much the reference's distribution depends on
+    them: a pass of the gradients over the same text. false: all count alike, as in QERA and EoRA."""
     blend: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
     """Sequential closed form: the target of a layer is the reference's weights applied to this share of the reference's
     own input and for the rest of the student's. 1 makes good what earlier layers left wrong; less is better where much
@@ -80,8 +80,8 @@ class Adapter(Config):
 
     @model_validator(mode="after")
     def _auto_needs_a_closed_form(self) -> Adapter:
-        if self.placement == "auto" and (self.init in ("zero", "svd") or not self.curvature_tokens):
-            raise ValueError("placement auto needs init closed_form or closed_form_sequential, with curvature_tokens")
+        if self.placement == "auto" and (self.init in ("zero", "svd") or not self.curvature):
+            raise ValueError("placement auto needs init closed_form or closed_form_sequential, with curvature")
         if self.budget is not None and self.placement != "auto":
             raise ValueError("budget is for placement auto; elsewhere the rank says how many parameters there are")
         return self
@@ -352,7 +352,7 @@ class AdapterJob(Job):
 
 class RepairJob(AdapterJob):
     stage: ClassVar[str] = "repair"
-    schema_version: ClassVar[int] = 4
+    schema_version: ClassVar[int] = 5
 
 
 class TrainJob(AdapterJob):

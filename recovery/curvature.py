@@ -7,6 +7,12 @@ a change D of the layer's weights costs
 
     1/2 tr(G D C D^T) nats a token,   G = E[g g^T],   C = E[x x^T].
 
+They are not independent: what is attended by many later tokens has gradients a hundred times those of what nobody looks
+at. So each token counts in C with a weight w that grows with |g|^2, which for G = I is the nearest product of the two
+(Van Loan and Pitsianis, 1993):
+
+    C = E[w x x^T],   w = |g|^(2p) / E[|g|^(2p)],   p = POWER below 1, as |g|^2 is known from a single draw of y.
+
 The gradients are made layer by layer, from the last to the first: a layer is computed again from its stored input, so
 only one layer needs to be on the device, and no more than the states between layers is kept.
 
@@ -16,12 +22,13 @@ An expert is a matrix of its own, of the tokens that are routed to it: its costs
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from recovery.batches import Batch
 from recovery.closed_form import TINY, Metric, Moments, OutputMetric
 from recovery.experts import MOMENTS_BYTES, Matrix, Part, matrix_at, single_names
 from recovery.head import Head
@@ -29,6 +36,9 @@ from recovery.layerwise import Stream, back_through, back_through_end, layers_of
 from recovery.loss import chunks
 from recovery.models import head_of
 
+POWER = 0.7
+"""p above. On SmolLM2-135M with noise of half a standard deviation on K and V, 2.9 million parameters and 8,192 tokens,
+the closed form left a KL of 0.112 at 0 (all tokens alike), 0.071 at 0.5, 0.066 at 0.7 and 0.075 at 1."""
 WIDEST = 4096
 """Outputs of the widest layer whose whole G is kept; of a wider one its diagonal."""
 
@@ -40,9 +50,13 @@ class Sensitivity:
     gradients: Tensor
     """sum of g g^T (O, O), or of g^2 (O)"""
     inputs: Tensor | None
-    """sum of x x^T (I, I), or of x^2 (I)"""
+    """sum of |g|^(2p) x x^T (I, I), or of |g|^(2p) x^2 (I)"""
     tokens: Tensor
     """float64 scalar"""
+    weight: Tensor
+    """float64 scalar: sum of |g|^(2p)"""
+    weights: list[tuple[Batch, Tensor]] = field(default_factory=list)
+    """|g|^(2p) (T,), float32 on the CPU, of the texts that this rank has seen; of matrices that all tokens come by"""
     share: float = 1.0
     """of all tokens"""
 
@@ -59,16 +73,24 @@ class Sensitivity:
             _zeros(outputs, device, whole=whole),
             _zeros(inputs, device, whole=whole_inputs) if with_inputs else None,
             torch.zeros((), dtype=torch.float64, device=device),
+            torch.zeros((), dtype=torch.float64, device=device),
         )
 
-    def add(self, inputs_TI: Tensor, gradients_TO: Tensor) -> None:
-        _add(self.gradients, gradients_TO)
-        self.tokens += len(gradients_TO)
+    def add(self, inputs_TI: Tensor, gradients_TO: Tensor, batch: Batch | None = None) -> None:
+        """batch: the text, where these are all of its tokens."""
+        wide_TO = gradients_TO.to(torch.promote_types(gradients_TO.dtype, torch.float32))
+        weights_T = wide_TO.square().sum(1).pow(POWER)
+        _add(self.gradients, wide_TO)
+        self.tokens += len(wide_TO)
+        self.weight += weights_T.sum(dtype=torch.float64)
+        if batch is not None:
+            self.weights.append((batch, weights_T.float().cpu()))
         if self.inputs is not None:
-            _add(self.inputs, inputs_TI)
+            wide_TI = inputs_TI.to(wide_TO.dtype)
+            _add(self.inputs, wide_TI * weights_T.sqrt()[:, None])
 
     def all_reduce(self) -> None:
-        for tensor in (self.gradients, self.tokens, self.inputs):
+        for tensor in (self.gradients, self.tokens, self.weight, self.inputs):
             if tensor is not None:
                 torch.distributed.all_reduce(tensor)
 
@@ -81,10 +103,11 @@ class Sensitivity:
         """G^(1/2) (W_ref - W_deg) (C + l I)^(1/2), up to rotations (recovery.closed_form). damping: l, as a share of
         the mean square of an input, of which the moments must have been kept."""
         assert self.inputs is not None, "made without the moments of the inputs"
-        if self.inputs.dim() == 2:
-            moments = Moments(self.inputs, self.inputs, self.tokens)
+        inputs = self.inputs / self.weight.clamp(min=TINY)
+        if inputs.dim() == 2:
+            moments = Moments(inputs, inputs, torch.ones_like(self.weight))
             return Metric(moments, damping).whitened(reference_OI, degraded_OI, 0.0, outputs)
-        squares_I = self.inputs / self.tokens.clamp(min=1.0)
+        squares_I = inputs
         roots_I = (squares_I + damping * squares_I.mean() + TINY).sqrt()
         return outputs.weigh((reference_OI.double() - degraded_OI.double()) * roots_I)
 
@@ -94,8 +117,7 @@ def _zeros(width: int, device: torch.device, *, whole: bool) -> Tensor:
 
 
 def _add(total: Tensor, rows_TN: Tensor) -> None:
-    """Second moments, or their diagonal; products in float32 at least."""
-    rows_TN = rows_TN.to(torch.promote_types(rows_TN.dtype, torch.float32))
+    """Second moments, or their diagonal."""
     total += rows_TN.T @ rows_TN if total.dim() == 2 else rows_TN.square().sum(0)
 
 
@@ -138,7 +160,9 @@ def sensitivities(
         }
 
         def take(name: str, inputs_TI: Tensor, gradients_TO: Tensor) -> None:
-            found[name].add(inputs_TI, gradients_TO)  # noqa: B023 - called before the loop goes on
+            # Called before the loops go on.
+            batch = stream.batch if len(gradients_TO) == len(stream.batch.ids_T) and name in matrices else None  # noqa: B023
+            found[name].add(inputs_TI, gradients_TO, batch)  # noqa: B023
 
         with on_device(device, layer):
             for place, (stream, states_1TH) in enumerate(zip(streams, before.pop(), strict=True)):

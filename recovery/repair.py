@@ -87,7 +87,7 @@ class Workshop:
         check_training_path(self._reference, self._width, "models.reference")
         check_finite(degraded, self._width, "models.degraded")  # before anything is weighed by what is no number
         damaged = differing(self._reference, degraded)
-        weighed = job.adapter.curvature_tokens and job.adapter.init != "svd"
+        weighed = job.adapter.curvature and job.adapter.init != "svd"
         self._curvature = workspace.path / CURVATURE if weighed else None
         self.allocated: dict[str, int] = {}
         if self._curvature is not None:
@@ -113,8 +113,7 @@ class Workshop:
         """Those that adapters are fitted on, and again those that the curvatures are of."""
         weighed = self._curvature is not None and any(self._curvature.glob("*.safetensors"))
         fitted_on = [] if self._job.adapter.init == "svd" else self._rows  # which looks at the weights alone
-        rows = [*fitted_on, *calibration_rows(self._tokens, self._job.adapter.curvature_tokens if weighed else 0)]
-        return int(self._tokens.lengths[rows].sum())
+        return int(self._tokens.lengths[fitted_on].sum()) * (2 if weighed else 1)
 
     def _texts(self, *, held_out: bool) -> list[Pair]:
         both = self._reference, self.adapted

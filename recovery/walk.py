@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from recovery.calibration import batches_of
+from recovery.calibration import batches_of, places_of
 from recovery.closed_form import Factors, Metric, Moments, OutputMetric
 from recovery.config import Adapter
 from recovery.corpus import Tokens
@@ -26,7 +26,7 @@ from recovery.layerwise import Stream, arguments_of, begin, groups_of, input_of,
 from recovery.measure import Measurement, measure_streams
 from recovery.models import device, of_first_rank
 from recovery.progress import progress
-from recovery.survey import layer_file, output_metrics
+from recovery.survey import layer_file, what_counts
 
 Solved = dict[str, Tensor]
 """`<module>.A` and `<module>.B` of one layer's modules."""
@@ -39,6 +39,8 @@ class Pair:
     reference: Stream
     student: Stream
     measured: bool
+    places_T: Tensor
+    """int64: where the tokens stand in the whole text, of which ranks have shares"""
 
 
 class Repair:
@@ -54,7 +56,7 @@ class Repair:
         ranks: int,
         curvature: Path | None,
     ) -> None:
-        """curvature: the folder that recovery.survey wrote; None: all outputs count alike."""
+        """curvature: the folder that recovery.survey wrote; None: all outputs and all tokens count alike."""
         self._adapter, self._blend, self._pairs, self.ranks = adapter, blend, pairs, ranks
         self._curvature = curvature
         self.reference_layers, self.student_layers = layers_of(reference), layers_of(adapted)
@@ -80,12 +82,10 @@ class Repair:
         kept: dict[str, float] = {}
         groups = groups_of(layer, inside, number, stream, self._device)
         groups = of_first_rank(groups, self.ranks)  # another's text may have been routed to other experts
-        outputs = output_metrics(self._curvature, number, self._device)
+        outputs, weights = what_counts(self._curvature, number, self._device)
         for group in groups:
-            metric = self._metric(number, group[0])
-            if metric is None:
-                continue
-            for name in group:
+            metrics = self._metrics(number, group, weights)
+            for name, metric in metrics.items():
                 degraded_OI = modules[name].get_base_layer().weight
                 reference: Any = self.reference_layers[number].get_submodule(name)
                 rank = modules[name].r["default"]
@@ -93,7 +93,7 @@ class Repair:
                 solved |= {f"{name}.A": factors.a_RI.float().cpu(), f"{name}.B": factors.b_OR.float().cpu()}
                 kept[name] = factors.kept
             # The next group of this layer is fed by what has just been repaired.
-            self.apply(number, {key: solved[key] for name in group for key in (f"{name}.A", f"{name}.B")})
+            self.apply(number, {key: solved[key] for name in metrics for key in (f"{name}.A", f"{name}.B")})
         # Last in their layer; what goes up decides what goes down.
         experts = {name: module for name, module in modules.items() if is_expert(module)}
         for name in sorted(experts, key=lambda name: experts[name].parameter_name == "down_proj"):
@@ -143,13 +143,15 @@ class Repair:
             return self.student_layers[number], pair.student
         return self.reference_layers[number], pair.reference
 
-    def _metric(self, number: int, name: str) -> Metric | None:
-        """Over all ranks; None where no token came by."""
-        reference = self.reference_layers[number]
+    def _metrics(self, number: int, group: Sequence[str], weights: Mapping[str, Tensor]) -> dict[str, Metric]:
+        """Of modules that are given the same input, over all ranks; of none that no token came by. weights: of the
+        calibration text's tokens, by module; those without count them alike and share one metric."""
+        reference, name = self.reference_layers[number], group[0]
         wide: Any = reference.get_submodule(name)
         if self._adapter.init == "svd":
-            return Metric(Moments.alike(wide.in_features, self._device), self._adapter.damping)
-        moments = Moments.zero(wide.in_features, self._device)
+            return dict.fromkeys(group, Metric(Moments.alike(wide.in_features, self._device), self._adapter.damping))
+        keys = {one: one if one in weights else "" for one in group}
+        moments = {key: Moments.zero(wide.in_features, self._device) for key in keys.values()}
         for pair in self._pairs:
             if pair.measured:
                 continue
@@ -161,11 +163,17 @@ class Repair:
                 theirs_TI = input_of(reference, module, number, pair.reference, self._device)
                 if theirs_TI.shape != own_TI.shape:  # routed to other experts: no token has both
                     theirs_TI = own_TI
-            if len(own_TI):
-                moments.add(own_TI, theirs_TI)
-        if self.ranks > 1:
-            moments.all_reduce()
-        return Metric(moments, self._adapter.damping) if float(moments.tokens) else None
+            for key, found in moments.items():
+                all_here = key in weights and len(own_TI) == len(pair.places_T)
+                found.add(own_TI, theirs_TI, weights[key][pair.places_T.to(self._device)] if all_here else None)
+        metrics: dict[str, Metric] = {}
+        for key in list(moments):
+            found = moments.pop(key)  # the widest matrices stand here
+            if self.ranks > 1:
+                found.all_reduce()
+            if float(found.tokens):
+                metrics[key] = Metric(found, self._adapter.damping)
+        return {one: metrics[key] for one, key in keys.items() if key in metrics}
 
     @torch.no_grad()
     def apply(self, number: int, solved: Solved) -> None:
@@ -198,7 +206,10 @@ def pairs_of(
 ) -> list[Pair]:
     """This rank's share of the rows, in front of the first layer."""
     batches, own = batches_of(tokens, rows, rank, ranks)
-    return [Pair(begin(reference, batch), begin(adapted, batch), measured or not own) for batch in batches]
+    return [
+        Pair(begin(reference, batch), begin(adapted, batch), measured or not own, places_of(batch, tokens, rows))
+        for batch in batches
+    ]
 
 
 def measured(reference: Any, adapted: Any, pairs: Sequence[Pair], width: int) -> Measurement:

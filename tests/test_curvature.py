@@ -18,13 +18,14 @@ from recovery.batches import Batch, collate
 from recovery.closed_form import Metric, Moments, OutputMetric
 from recovery.corpus import Split, Tokens, read_split
 from recovery.costs import predict, saturated, weigh
-from recovery.curvature import Sensitivity, drawn, sensitivities
+from recovery.curvature import POWER, Sensitivity, drawn, sensitivities
 from recovery.errors import UserError
 from recovery.experts import matrix_at
 from recovery.layerwise import back_through, begin, layers_of, output_of
 from recovery.limits import put_right
 from recovery.models import check_training_path, final_hidden, head_of
 from recovery.stage import build
+from recovery.survey import token_weights
 from tests.conftest import ARCHITECTURES
 from tests.pipeline import job_of, measure, tiny_recipe
 from tests.test_repair import CPU, model_at, repair_with, width_of
@@ -50,7 +51,7 @@ def sense(model: Any, batches: list[Batch], width: int) -> dict[str, Sensitivity
 def cost(change_OI: Tensor, sensitivity: Sensitivity) -> float:
     """1/2 tr(G D C D^T), term by term."""
     assert sensitivity.inputs is not None
-    inputs_II = sensitivity.inputs / sensitivity.tokens
+    inputs_II = sensitivity.inputs / sensitivity.weight
     curvature = sensitivity.curvature
     weights_OO = curvature if curvature.dim() == 2 else torch.diag(curvature)
     return 0.5 * float(torch.trace(weights_OO @ change_OI.double() @ inputs_II @ change_OI.double().T))
@@ -115,7 +116,7 @@ def test_inputs_of_many_wide_experts_are_told_by_their_squares():
     squares_I, one = inputs.double().square().sum(0), torch.tensor(1.0).double()
     gradients = torch.rand(8, generator=generator).double()
     spectra = [
-        spectrum(reference, degraded, Sensitivity(gradients, moments, one), 0.1, 0.1)
+        spectrum(reference, degraded, Sensitivity(gradients, moments, one, one), 0.1, 0.1)
         for moments in (squares_I, torch.diag(squares_I))
     ]
     torch.testing.assert_close(spectra[0].gains_K, spectra[1].gains_K)
@@ -199,11 +200,60 @@ def test_outputs_that_count_are_repaired_first(whole: bool):
     def nats(weighed: OutputMetric | None) -> float:
         factors = metric.factors(reference, degraded, 3, 0.0, weighed)
         left = reference - degraded - factors.b_OR @ factors.a_RI
-        return cost(left, Sensitivity(curvature, moments.own_II, torch.tensor(1.0)))
+        one = torch.tensor(1.0)
+        return cost(left, Sensitivity(curvature, moments.own_II, one, one))
 
     assert nats(outputs) < 0.9 * nats(None)
     full = metric.factors(reference, degraded, 12, 0.0, outputs)
     torch.testing.assert_close(full.b_OR @ full.a_RI, reference - degraded, rtol=1e-6, atol=1e-6)
+
+
+def test_tokens_that_count_twice_are_as_good_as_two():
+    generator = torch.Generator().manual_seed(0)
+    own, theirs = (torch.randn(40, 8, generator=generator) for _ in range(2))
+    weights = torch.randint(0, 3, (40,), generator=generator)
+    weighed, repeated = Moments.zero(8, CPU), Moments.zero(8, CPU)
+    weighed.add(own, theirs, weights.double())
+    repeated.add(own.repeat_interleave(weights, 0), theirs.repeat_interleave(weights, 0))
+    for name in ("own_II", "cross_II", "tokens"):
+        torch.testing.assert_close(getattr(weighed, name), getattr(repeated, name), rtol=1e-5, atol=1e-5)
+
+
+def test_the_weight_of_a_token_is_found_at_its_place(models: dict[str, Path], prepared: Prepared):
+    """Whatever forward passes the samples are packed into; the gradients are those of the whole model."""
+    model, width = model_at(models["llama"]), width_of(models["llama"])
+    check_training_path(model, width, "llama")
+    tokens, rows = text_of(prepared), (4, 0, 2, 1, 3)
+    name = "model.layers.1.self_attn.v_proj"
+    for groups in ([(0, 1, 2, 3, 4)], [(3, 0), (2, 4), (1,)]):
+        found = token_weights(sense(model, [collate(tokens, group) for group in groups], width)[name], tokens, rows, 1)
+        assert found is not None
+        assert float(found.mean()) == pytest.approx(1)
+        expected = []
+        for row in rows:
+            noted: list[Tensor] = []
+            with torch.enable_grad():
+                model.requires_grad_(True)
+                module = model.get_submodule(name)
+                handle = module.register_forward_hook(lambda _, __, output, noted=noted: noted.append(output))
+                batch = collate(tokens, (row,))
+                hidden_TH = final_hidden(model, batch)
+                handle.remove()
+                # The drawn tokens depend on the batch's first row and on what stands before it in the batch.
+                whole = next(group for group in groups if row in group)
+                if whole[0] != row:
+                    expected.append(None)
+                    continue
+                to_TH = drawn(begin(model, batch), head_of(model, width), 0)(hidden_TH.detach())
+                (gradient,) = torch.autograd.grad(hidden_TH, noted, to_TH)
+            expected.append(gradient.flatten(0, -2).square().sum(1).pow(POWER))
+        model.requires_grad_(False)
+        starts = [0, *tokens.lengths[list(rows)].cumsum().tolist()]
+        known = [(start, one) for start, one in zip(starts, expected, strict=False) if one is not None]
+        assert len(known) == len(groups)
+        scale = float(found[known[0][0]] / known[0][1][0])
+        for start, one in known:
+            torch.testing.assert_close(found[start : start + len(one)].float(), scale * one, rtol=1e-3, atol=1e-4)
 
 
 def test_ranks_go_where_they_save_most_for_their_price():

@@ -202,9 +202,9 @@ def test_ar_grows_with_the_logarithm_of_tokens():
 
 @pytest.mark.parametrize("corpus", [500.0, 20_000.0, 400_000.0])
 def test_a_closed_form_looks_at_no_more_of_a_larger_corpus(tiny: Path, tmp_path: Path, corpus: float):
-    adapter = {"init": "closed_form_sequential", "calibration_tokens": 32_768, "curvature_tokens": 8_192}
+    adapter = {"init": "closed_form_sequential", "calibration_tokens": 16_384}
     recipe = tiny_recipe(tiny, make_benchmarks(tmp_path / "data"), adapter=adapter, train={"epochs": 3})
-    counted = 3 * corpus + min(corpus, 32_768) + min(corpus, 8_192)
+    counted = 3 * corpus + 2 * min(corpus, 16_384)
     assert corpus_tokens(recipe, counted) == pytest.approx(corpus)
 
 

@@ -255,12 +255,12 @@ def test_calibration_texts_are_nested(prepared: tuple[Path, Path, Path]):
 def test_the_text_behind_the_curvatures_counts_too(prepared: tuple[Path, Path, Path], tmp_path: Path):
     tokens = read_split(next((prepared[2] / "artifacts").glob("generate-*")), "train")
     counted = {}
-    for curvature in (0, 300):
-        settings = {**SEQUENTIAL, "calibration_tokens": 200, "curvature_tokens": curvature}
+    for curvature in (False, True):
+        settings = {**SEQUENTIAL, "calibration_tokens": 200, "curvature": curvature}
         manifest = read_manifest(repair_with(prepared, tmp_path / "runs", settings))
         counted[curvature] = manifest["details"]["calibration_tokens"]
-    assert counted[0] == int(tokens.lengths[calibration_rows(tokens, 200)].sum())
-    assert counted[300] - counted[0] == int(tokens.lengths[calibration_rows(tokens, 300)].sum())
+    assert counted[False] == int(tokens.lengths[calibration_rows(tokens, 200)].sum())
+    assert counted[True] == 2 * counted[False]
 
 
 def test_a_repair_that_makes_it_worse_is_not_delivered(

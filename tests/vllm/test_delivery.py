@@ -25,7 +25,7 @@ def test_an_adapter_is_served_as_it_was_scored(tmp_path: Path):
         "models": {"reference": str(REPOSITORY / "assets" / "smollm2-135m-instruct")},
         "degrade": {"kind": "gaussian_noise", "modules": ["kv"], "relative_std": 0.5},
         "generate": {"samples": 16, "held_out_samples": 8, "max_length": 64, "batch_samples": 16},
-        "adapter": {"placement": "auto", "rank": 8, "init": "closed_form_sequential", "curvature_tokens": 256},
+        "adapter": {"placement": "auto", "rank": 8, "init": "closed_form_sequential", "calibration_tokens": 256},
         "train": {"epochs": 0},
         "evaluate": {"suite": "none"},
     }
