@@ -219,41 +219,40 @@ def test_tokens_that_count_twice_are_as_good_as_two():
         torch.testing.assert_close(getattr(weighed, name), getattr(repeated, name), rtol=1e-5, atol=1e-5)
 
 
-def test_the_weight_of_a_token_is_found_at_its_place(models: dict[str, Path], prepared: Prepared):
-    """Whatever forward passes the samples are packed into; the gradients are those of the whole model."""
+def test_weights_of_tokens_stand_in_their_places_without_the_noise_of_a_draw(prepared: Prepared):
+    """Whatever forward passes the samples are packed into."""
+    tokens, rows = text_of(prepared), (4, 0, 2, 1, 3)
+    generator = torch.Generator().manual_seed(0)
+    by_row = {row: torch.rand(int(tokens.lengths[row]), generator=generator).pow(8) for row in rows}
+    one = torch.tensor(1.0)
+    text = torch.cat([by_row[row] for row in rows]).double()
+    text /= text.mean()
+    variance = float(text.square().mean()) - 1
+    assert variance > 2
+    for groups in ([(0, 1, 2, 3, 4)], [(3, 0), (2, 4), (1,)]):
+        weights = [(collate(tokens, group), torch.cat([by_row[row] for row in group])) for group in groups]
+        found = token_weights(Sensitivity(one, None, one, one, weights), tokens, rows, 1)
+        assert found is not None
+        torch.testing.assert_close(found, 1 + (1 - 1 / variance) * (text - 1), rtol=1e-5, atol=1e-6)
+        assert token_weights(Sensitivity(one, None, one, one, weights[1:]), tokens, rows, 1) is None
+    batch = collate(tokens, rows)
+    drawn_T = torch.randn(len(batch.ids_T), generator=generator).abs().pow(2 * POWER)
+    noise = Sensitivity(one, None, one, one, [(batch, 0.5 + drawn_T)])
+    assert token_weights(noise, tokens, rows, 1) is None
+
+
+def test_a_token_weighs_what_its_gradient_does(models: dict[str, Path], prepared: Prepared):
     model, width = model_at(models["llama"]), width_of(models["llama"])
     check_training_path(model, width, "llama")
-    tokens, rows = text_of(prepared), (4, 0, 2, 1, 3)
-    name = "model.layers.1.self_attn.v_proj"
-    for groups in ([(0, 1, 2, 3, 4)], [(3, 0), (2, 4), (1,)]):
-        found = token_weights(sense(model, [collate(tokens, group) for group in groups], width)[name], tokens, rows, 1)
-        assert found is not None
-        assert float(found.mean()) == pytest.approx(1)
-        expected = []
-        for row in rows:
-            noted: list[Tensor] = []
-            with torch.enable_grad():
-                model.requires_grad_(True)
-                module = model.get_submodule(name)
-                handle = module.register_forward_hook(lambda _, __, output, noted=noted: noted.append(output))
-                batch = collate(tokens, (row,))
-                hidden_TH = final_hidden(model, batch)
-                handle.remove()
-                # The drawn tokens depend on the batch's first row and on what stands before it in the batch.
-                whole = next(group for group in groups if row in group)
-                if whole[0] != row:
-                    expected.append(None)
-                    continue
-                to_TH = drawn(begin(model, batch), head_of(model, width), 0)(hidden_TH.detach())
-                (gradient,) = torch.autograd.grad(hidden_TH, noted, to_TH)
-            expected.append(gradient.flatten(0, -2).square().sum(1).pow(POWER))
-        model.requires_grad_(False)
-        starts = [0, *tokens.lengths[list(rows)].cumsum().tolist()]
-        known = [(start, one) for start, one in zip(starts, expected, strict=False) if one is not None]
-        assert len(known) == len(groups)
-        scale = float(found[known[0][0]] / known[0][1][0])
-        for start, one in known:
-            torch.testing.assert_close(found[start : start + len(one)].float(), scale * one, rtol=1e-3, atol=1e-4)
+    batch = collate(text_of(prepared), (0, 1, 2))
+    for sensitivity in sense(model, [batch], width).values():
+        ((of, weights_T),) = sensitivity.weights
+        assert of.rows == batch.rows
+        assert len(weights_T) == len(batch.ids_T)
+        assert float(weights_T.double().pow(1 / POWER).sum()) == pytest.approx(
+            float(sensitivity.gradients.trace() if sensitivity.gradients.dim() == 2 else sensitivity.gradients.sum()),
+            rel=1e-4,
+        )
 
 
 def test_ranks_go_where_they_save_most_for_their_price():
