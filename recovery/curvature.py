@@ -107,8 +107,7 @@ class Sensitivity:
         if inputs.dim() == 2:
             moments = Moments(inputs, inputs, torch.ones_like(self.weight))
             return Metric(moments, damping).whitened(reference_OI, degraded_OI, 0.0, outputs)
-        squares_I = inputs
-        roots_I = (squares_I + damping * squares_I.mean() + TINY).sqrt()
+        roots_I = (inputs + damping * inputs.mean() + TINY).sqrt()
         return outputs.weigh((reference_OI.double() - degraded_OI.double()) * roots_I)
 
 

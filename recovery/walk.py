@@ -151,7 +151,7 @@ class Repair:
         if self._adapter.init == "svd":
             return dict.fromkeys(group, Metric(Moments.alike(wide.in_features, self._device), self._adapter.damping))
         keys = {one: one if one in weights else "" for one in group}
-        moments = {key: Moments.zero(wide.in_features, self._device) for key in keys.values()}
+        moments = {key: Moments.zero(wide.in_features, self._device) for key in dict.fromkeys(keys.values())}
         for pair in self._pairs:
             if pair.measured:
                 continue
@@ -163,7 +163,7 @@ class Repair:
                 theirs_TI = input_of(reference, module, number, pair.reference, self._device)
                 if theirs_TI.shape != own_TI.shape:  # routed to other experts: no token has both
                     theirs_TI = own_TI
-            for key, found in moments.items():
+            for key, found in moments.items() if len(own_TI) else ():
                 all_here = key in weights and len(own_TI) == len(pair.places_T)
                 found.add(own_TI, theirs_TI, weights[key][pair.places_T.to(self._device)] if all_here else None)
         metrics: dict[str, Metric] = {}
