@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -113,11 +114,17 @@ class _Reader(nn.Module):
 
 def forward_only(model: Any, job: TrainJob) -> Callable[[Batch], Tensor]:
     """A frozen model under the job's ZeRO-3, without optimizer: batch to final hidden states (T, H). For all ranks."""
-    import deepspeed
-
-    engine: Any = deepspeed.initialize(model=_Reader(model), config=engine_config(job))[0]
+    engine = _initialize(model=_Reader(model), config=engine_config(job))
     engine.eval()  # which returns nothing, unlike a module's
     return engine
+
+
+def _initialize(**given: Any) -> Any:
+    """DeepSpeed's engine. What it prints, as it does of bfloat16, goes to the log: a command's output is its result."""
+    import deepspeed
+
+    with contextlib.redirect_stdout(sys.stderr):
+        return deepspeed.initialize(**given)[0]
 
 
 def engine_config(job: TrainJob) -> dict[str, Any]:
@@ -128,14 +135,12 @@ class Engine:
     """DeepSpeed's engine with the few verbs that the training loop needs."""
 
     def __init__(self, student: Student, job: TrainJob) -> None:
-        import deepspeed
-
         parameters = list(adapter_parameters(student).values())
         optimizer = torch.optim.AdamW(
             parameters, lr=job.train.learning_rate, betas=(0.9, 0.999), weight_decay=job.train.weight_decay
         )
         config = engine_config(job)
-        self._engine: Any = deepspeed.initialize(model=student, optimizer=optimizer, config=config)[0]
+        self._engine = _initialize(model=student, optimizer=optimizer, config=config)
         self._student = student
         self._ranks = torch.distributed.get_world_size()
         self._loss = job.train.loss

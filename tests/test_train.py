@@ -126,6 +126,13 @@ def test_killed_and_resumed_equals_undisturbed(
     assert not list(resumed.glob(".*"))
 
 
+def test_nothing_is_printed_but_what_a_command_tells(
+    prepared: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    train_with(prepared, tmp_path / "a", None, "bfloat16")
+    assert capsys.readouterr().out == ""
+
+
 def test_sigterm_saves_after_the_step_and_the_same_command_goes_on(prepared: tuple[Path, Path, Path], tmp_path: Path):
     undisturbed = train_with(prepared, tmp_path / "a", None)
     with pytest.raises(KeyboardInterrupt):
