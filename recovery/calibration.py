@@ -36,9 +36,5 @@ def batches_of(tokens: Tokens, rows: Sequence[int], rank: int, ranks: int) -> tu
 
 def places_of(batch: Batch, tokens: Tokens, rows: Sequence[int]) -> Tensor:
     """int64 (T,): where the batch's tokens stand in the text of all these rows, one behind the other."""
-    ends = tokens.lengths[list(rows)].cumsum().tolist()
-    starts = dict(zip(rows, [0, *ends], strict=False))
-    lengths = [end - begin for begin, end in zip(batch.bounds, batch.bounds[1:], strict=False)]
-    return torch.cat(
-        [torch.arange(starts[row], starts[row] + length) for row, length in zip(batch.rows, lengths, strict=True)]
-    )
+    ends = dict(zip(rows, tokens.lengths[list(rows)].cumsum().tolist(), strict=True))
+    return torch.cat([torch.arange(ends[row] - int(tokens.lengths[row]), ends[row]) for row in batch.rows])
