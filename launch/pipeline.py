@@ -147,7 +147,8 @@ def _links(stage: Stage, run_folder: Path) -> Iterator[tuple[Path, str]]:
     """Paths of the links, and what they are to point at."""
     for name in stage.links:
         path = run_folder / name
-        yield path, os.path.relpath(stage.job.runtime.output, path.parent)
+        # From where it really lies: the runs' folder may itself be a link, onto a larger disk say.
+        yield path, os.path.relpath(stage.job.runtime.output, path.parent.resolve())
 
 
 def dry_run(stages: list[Stage], run_folder: Path, cluster: Cluster) -> str:

@@ -197,6 +197,18 @@ def test_a_changed_recipe_leaves_no_link_to_what_the_former_one_made(
     assert made.is_dir()
 
 
+def test_the_folder_of_runs_may_be_a_link_to_another_disk(
+    tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    disk, runs = tmp_path / "mnt" / "disk" / "runs", tmp_path / "here" / "runs"
+    disk.mkdir(parents=True)
+    runs.parent.mkdir()
+    runs.symlink_to(disk)
+    recipe = write_recipe(tmp_path, recipe_for(tiny, data))
+    assert invoke(monkeypatch, "degrade", str(recipe), "--runs-dir", str(runs)) == 0
+    assert (runs / "tiny" / "degraded" / "config.json").is_file()
+
+
 def test_damaged_and_empty_corpora_are_refused_by_name(
     tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
