@@ -27,7 +27,7 @@ from launch.store import (
     store_key,
     store_uri,
 )
-from recovery.artifacts import content_digest, read_manifest
+from recovery.artifacts import content_digest, read_manifest, turn
 from recovery.config import Tracking
 from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
 from recovery.files import read_json
@@ -40,11 +40,12 @@ UNTIL_SYNC = "metrics stay in the artifacts' metrics.jsonl until `recover-lora t
 def start_run(recipe: Recipe, runs_dir: Path, parent: str | None = None) -> Tracking | None:
     """The run to log to, or None (with a warning) when the store does not answer. parent: the run of the study."""
     try:
-        client = mlflow_client(store_uri(runs_dir))
-        known = known_run(client, note_of(runs_dir, recipe.name), key_of(runs_dir, recipe), parent)
-        if known is not None:
-            client.update_run(known, status="RUNNING")
-        return _target(recipe, runs_dir, known or new_run(client, recipe, runs_dir, parent))
+        with _store_alone(runs_dir):
+            client = mlflow_client(store_uri(runs_dir))
+            known = known_run(client, note_of(runs_dir, recipe.name), key_of(runs_dir, recipe), parent)
+            if known is not None:
+                client.update_run(known, status="RUNNING")
+            return _target(recipe, runs_dir, known or new_run(client, recipe, runs_dir, parent))
     except Exception as error:  # noqa: BLE001 - whatever a tracking server does, the run goes on
         _say_silent(error)
         return None
@@ -57,21 +58,28 @@ def start_study(name: str, experiment: str, runs_dir: Path, *, begin: bool = Tru
     """
     note, key = note_of(runs_dir, name), store_key(runs_dir)
     try:
-        client = mlflow_client(store_uri(runs_dir))
-        known = known_run(client, note, key)
-        if known is not None:
-            if begin:
-                client.update_run(known, status="RUNNING")
-            return known
-        tags = {"recover-lora.study": name}
-        run = client.create_run(experiment_of(client, experiment, runs_dir), run_name=name, tags=tags)
-        remember(note, key, run.info.run_id)
-        if not begin:
-            client.set_terminated(run.info.run_id, _status(EXIT_INTERRUPTED))
-        return str(run.info.run_id)
+        with _store_alone(runs_dir):
+            client = mlflow_client(store_uri(runs_dir))
+            known = known_run(client, note, key)
+            if known is not None:
+                if begin:
+                    client.update_run(known, status="RUNNING")
+                return known
+            tags = {"recover-lora.study": name}
+            run = client.create_run(experiment_of(client, experiment, runs_dir), run_name=name, tags=tags)
+            remember(note, key, run.info.run_id)
+            if not begin:
+                client.set_terminated(run.info.run_id, _status(EXIT_INTERRUPTED))
+            return str(run.info.run_id)
     except Exception as error:  # noqa: BLE001 - as for a recipe's run
         _say_silent(error)
         return None
+
+
+def _store_alone(runs_dir: Path) -> contextlib.AbstractContextManager[None]:
+    """One process after the other: MLflow makes the tables of a new SQLite file without a lock, and two runs that begin
+    at once would fail over each other's."""
+    return turn(runs_dir / ".mlflow.lock", on_wait=lambda: log.info("another run is being entered into MLflow"))
 
 
 def _target(recipe: Recipe, runs_dir: Path, run: str) -> Tracking:

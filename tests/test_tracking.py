@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -49,6 +52,23 @@ def test_metrics_and_artifacts_arrive(tmp_path: Path, monkeypatch: pytest.Monkey
     assert again == target
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+
+
+def test_runs_that_begin_at_once_share_a_new_store(tmp_path: Path):
+    """MLflow makes the tables of a new SQLite file without a lock."""
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    recipe = tiny_recipe(tmp_path, tmp_path)
+    (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from launch.recipe import Recipe; from launch.tracking import start_run\n"
+        "folder = Path(sys.argv[1]); recipe = Recipe.model_validate_json((folder / 'recipe.json').read_text())\n"
+        "print(start_run(recipe, folder / 'runs').run_id)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    runs = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert len({run.communicate(timeout=300)[0] for run in runs}) == 1
+    assert [run.returncode for run in runs] == [0, 0]
 
 
 def test_a_dead_server_neither_stops_nor_slows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
