@@ -27,8 +27,11 @@ def prepare() -> None:
         for name, value in json.loads(Path(path).read_text()).items():
             os.environ.setdefault(name, value)
     # OpenMP threads that spin between operations cost a busy machine a factor of ten (small operations, many
-    # barriers); threads that sleep cost an idle one a few percent.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # barriers). Threads that sleep at once cost an idle one: spinning briefly first, as GNU's can, made SmolLM2-135M
+    # on two cores 11 % faster in training and 22 % in decoding; beside a second such process it is 9 and 23 % slower.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     # torch's profiler prints when it starts and stops.
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     if not may_have_gpu():
