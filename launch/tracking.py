@@ -77,8 +77,10 @@ def start_study(name: str, experiment: str, runs_dir: Path, *, begin: bool = Tru
 
 
 def _store_alone(runs_dir: Path) -> contextlib.AbstractContextManager[None]:
-    """One process after the other: MLflow makes the tables of a new SQLite file without a lock, and two runs that begin
-    at once would fail over each other's."""
+    """One process after the other at an SQLite file: MLflow makes its tables without a lock, and two runs that begin at
+    once would fail over each other's. A server is asked by all at once, as it may be slow to answer."""
+    if not store_uri(runs_dir).startswith("sqlite"):
+        return contextlib.nullcontext()
     return turn(runs_dir / ".mlflow.lock", on_wait=lambda: log.info("another run is being entered into MLflow"))
 
 
