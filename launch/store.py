@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from launch.cluster import Cluster
 from launch.recipe import Recipe
 from launch.stages import Stage
-from recovery.artifacts import MANIFEST, read_manifest
+from recovery.artifacts import MANIFEST, read_manifest, turn
 from recovery.config import ModelInput
 from recovery.errors import without_credentials
 from recovery.files import read_notes, write_json
 from recovery.tracking import PARAMS
 
+log = logging.getLogger("recover-lora")
 PARENT = "mlflow.parentRunId"
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 """Schemes of stores that clients reach without a server, and that say nothing of where files lie."""
@@ -30,6 +33,17 @@ MODELS = ("evaluate-reference", "evaluate-degraded")
 def store_uri(runs_dir: Path) -> str:
     """MLFLOW_TRACKING_URI, or one SQLite file beside the runs."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs_dir.resolve() / 'mlflow.db'}"
+
+
+def store_alone(runs_dir: Path) -> AbstractContextManager[None]:
+    """One process after the other at an SQLite file: MLflow makes its tables without a lock, and two runs that begin at
+    once would fail over each other's. A server is asked by all at once, as it may be slow to answer."""
+    scheme, _, path = store_uri(runs_dir).partition(":///")
+    if not scheme.startswith("sqlite") or not path:
+        return nullcontext()
+    file = Path(path.partition("?")[0])
+    # Beside the file, as runs of several folders may share it.
+    return turn(file.with_name(f".{file.name}.lock"), lambda: log.info("another run is being entered into MLflow"))
 
 
 def note_of(runs_dir: Path, name: str) -> Path:

@@ -11,7 +11,17 @@ from typing import Any
 from launch.cluster import Cluster
 from launch.recipe import Recipe
 from launch.stages import Stage
-from launch.store import describe, key_of, known_run, new_run, note_of, send_params, send_results, store_uri
+from launch.store import (
+    describe,
+    key_of,
+    known_run,
+    new_run,
+    note_of,
+    send_params,
+    send_results,
+    store_alone,
+    store_uri,
+)
 from recovery.artifacts import folder_of, is_being_built
 from recovery.errors import Unavailable
 from recovery.tracking import BATCH, METRICS, mlflow_client, read_metrics, shown_files, told_by_store
@@ -40,9 +50,10 @@ def sync(
     if not files:
         return Sent(0, 0)
     try:
-        client = mlflow_client(store_uri(runs_dir))
-        known = known_run(client, note_of(runs_dir, recipe.name), key_of(runs_dir, recipe), parent)
-        run = known or new_run(client, recipe, runs_dir, parent)
+        with store_alone(runs_dir):
+            client = mlflow_client(store_uri(runs_dir))
+            known = known_run(client, note_of(runs_dir, recipe.name), key_of(runs_dir, recipe), parent)
+            run = known or new_run(client, recipe, runs_dir, parent)
         send_params(client, run, recipe)  # a store that went away while the run was made has a part of them
         metrics = sum(_send_metrics(client, run, path) for path in files)
         describe(client, run, stages, cluster)

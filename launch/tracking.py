@@ -24,10 +24,11 @@ from launch.store import (
     note_of,
     remember,
     send_results,
+    store_alone,
     store_key,
     store_uri,
 )
-from recovery.artifacts import content_digest, read_manifest, turn
+from recovery.artifacts import content_digest, read_manifest
 from recovery.config import Tracking
 from recovery.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
 from recovery.files import read_json
@@ -40,7 +41,7 @@ UNTIL_SYNC = "metrics stay in the artifacts' metrics.jsonl until `recover-lora t
 def start_run(recipe: Recipe, runs_dir: Path, parent: str | None = None) -> Tracking | None:
     """The run to log to, or None (with a warning) when the store does not answer. parent: the run of the study."""
     try:
-        with _store_alone(runs_dir):
+        with store_alone(runs_dir):
             client = mlflow_client(store_uri(runs_dir))
             known = known_run(client, note_of(runs_dir, recipe.name), key_of(runs_dir, recipe), parent)
             if known is not None:
@@ -58,7 +59,7 @@ def start_study(name: str, experiment: str, runs_dir: Path, *, begin: bool = Tru
     """
     note, key = note_of(runs_dir, name), store_key(runs_dir)
     try:
-        with _store_alone(runs_dir):
+        with store_alone(runs_dir):
             client = mlflow_client(store_uri(runs_dir))
             known = known_run(client, note, key)
             if known is not None:
@@ -74,14 +75,6 @@ def start_study(name: str, experiment: str, runs_dir: Path, *, begin: bool = Tru
     except Exception as error:  # noqa: BLE001 - as for a recipe's run
         _say_silent(error)
         return None
-
-
-def _store_alone(runs_dir: Path) -> contextlib.AbstractContextManager[None]:
-    """One process after the other at an SQLite file: MLflow makes its tables without a lock, and two runs that begin at
-    once would fail over each other's. A server is asked by all at once, as it may be slow to answer."""
-    if not store_uri(runs_dir).startswith("sqlite"):
-        return contextlib.nullcontext()
-    return turn(runs_dir / ".mlflow.lock", on_wait=lambda: log.info("another run is being entered into MLflow"))
 
 
 def _target(recipe: Recipe, runs_dir: Path, run: str) -> Tracking:

@@ -54,20 +54,21 @@ def test_metrics_and_artifacts_arrive(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
 
 
-def test_runs_that_begin_at_once_share_a_new_store(tmp_path: Path):
-    """MLflow makes the tables of a new SQLite file without a lock."""
-    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+@pytest.mark.parametrize("folders", [("runs", "runs"), ("runs", "other-runs")])
+def test_runs_that_begin_at_once_share_a_new_store(folders: tuple[str, str], tmp_path: Path):
+    """MLflow makes the tables of a new SQLite file without a lock; runs of several folders may share the file."""
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}"}
     recipe = tiny_recipe(tmp_path, tmp_path)
     (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
     program = (
         "import sys; from pathlib import Path\n"
         "from launch.recipe import Recipe; from launch.tracking import start_run\n"
         "folder = Path(sys.argv[1]); recipe = Recipe.model_validate_json((folder / 'recipe.json').read_text())\n"
-        "print(start_run(recipe, folder / 'runs').run_id)"
+        "print(start_run(recipe, folder / sys.argv[2]).run_id)"
     )
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    runs = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert len({run.communicate(timeout=300)[0] for run in runs}) == 1
+    commands = [[sys.executable, "-c", program, str(tmp_path), folder] for folder in folders]
+    runs = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for command in commands]
+    assert len({run.communicate(timeout=300)[0] for run in runs}) == len(set(folders))
     assert [run.returncode for run in runs] == [0, 0]
 
 
