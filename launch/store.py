@@ -35,13 +35,18 @@ def store_uri(runs_dir: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs_dir.resolve() / 'mlflow.db'}"
 
 
+def _scheme(runs_dir: Path) -> str:
+    """The store's, without the driver that may stand behind a database's."""
+    return store_uri(runs_dir).partition(":")[0].partition("+")[0]
+
+
 def store_alone(runs_dir: Path) -> AbstractContextManager[None]:
     """One process after the other at an SQLite file: MLflow makes its tables without a lock, and two runs that begin at
     once would fail over each other's. A server is asked by all at once, as it may be slow to answer."""
-    scheme, _, path = store_uri(runs_dir).partition(":///")
-    if not scheme.startswith("sqlite") or not path:
+    path = store_uri(runs_dir).partition(":///")[2].partition("?")[0]
+    if _scheme(runs_dir) != "sqlite" or not path:  # without a path it is in memory
         return nullcontext()
-    file = Path(path.partition("?")[0])
+    file = Path(path)
     # Beside the file, as runs of several folders may share it.
     return turn(file.with_name(f".{file.name}.lock"), lambda: log.info("another run is being entered into MLflow"))
 
@@ -110,8 +115,7 @@ def experiment_of(client: Any, name: str, runs_dir: Path) -> str:
     """The experiment's identifier; made where there is none, its files beside the runs if the store has no say: MLflow
     would put them into whatever folder the command was started in."""
     found = client.get_experiment_by_name(name)
-    scheme = store_uri(runs_dir).partition(":")[0].partition("+")[0]
-    location = str(runs_dir.resolve() / "mlartifacts") if scheme in DATABASES else None
+    location = str(runs_dir.resolve() / "mlartifacts") if _scheme(runs_dir) in DATABASES else None
     return found.experiment_id if found else client.create_experiment(name, artifact_location=location)
 
 
