@@ -47,7 +47,7 @@ LAST_LINES = 5
 
 @dataclass
 class Process:
-    """One server. process: None where it was running before us."""
+    """One server. process: None where another command's was there before us."""
 
     number: int
     """Of its host's servers."""
@@ -56,6 +56,8 @@ class Process:
     url: str
     log: Path
     process: subprocess.Popen[bytes] | None = None
+    mark: socket.socket | None = None
+    """That it is ours to start (see mark_of)."""
     was_healthy: bool = False
     restarts: int = 0
     begun: float = 0.0
@@ -95,6 +97,22 @@ def is_free(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def mark_of(port: int) -> socket.socket | None:
+    """Marks a port of this host as one on which we start servers, until it is closed or this process ends, however it
+    does; None where another command has marked it.
+
+    A free port is no sign that nobody starts a server there: vLLM listens once its model is loaded, and as it sets
+    SO_REUSEPORT, two of them would share the port.
+    """
+    mark = socket.socket(socket.AF_UNIX)
+    try:
+        mark.bind(f"\0recover-lora-server-{port}")  # abstract: no file, and of this network namespace alone
+    except OSError:
+        mark.close()
+        return None
+    return mark
 
 
 def port_of(server: Process) -> int:
@@ -234,10 +252,14 @@ class ServerPool:
         for server in self.servers:
             if server not in missing:
                 log.info("%s answers already and is used as it is", server.url)
-        if missing:
-            self._check(missing)
+        ours = [server for server in missing if self._is_ours(server)]
+        for server in missing:
+            if server not in ours:
+                log.info("%s is started by another command and waited for", server.url)
         try:
-            for server in missing:
+            if ours:
+                self._check(ours)
+            for server in ours:
                 self._start(server)
             self._thread = threading.Thread(target=self._supervise, name="servers", daemon=True)
             self._thread.start()
@@ -251,6 +273,13 @@ class ServerPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+    @staticmethod
+    def _is_ours(server: Process) -> bool:
+        """Whether it is for us to start, as for no other command."""
+        if server.mark is None:
+            server.mark = mark_of(port_of(server))
+        return server.mark is not None
 
     def _check(self, servers: list[Process]) -> None:
         if not self.python.exists():
@@ -322,14 +351,14 @@ class ServerPool:
 
     def _supervise(self) -> None:
         """Start a dead server again, up to max_restarts times; one that is given up leaves the others to work on. One
-        that was running before us, and has ended with whoever started it, is started here."""
+        that another command started is started here once it has ended with that command."""
         while not self._stopping.wait(POLL_S):
             for server in self.servers:
                 self._say(server, b"\n")
                 now = time.monotonic()
                 if server.process is None:
-                    if is_free(port_of(server)):
-                        log.warning("server %s, which ran before us, has ended; it is started here", server.url)
+                    if is_free(port_of(server)) and self._is_ours(server):
+                        log.warning("server %s has ended with its own command; it is started here", server.url)
                         server.was_healthy = True
                         self._start(server)
                     continue
@@ -391,3 +420,7 @@ class ServerPool:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        for server in self.servers:
+            if server.mark is not None:
+                server.mark.close()
+                server.mark = None

@@ -181,7 +181,7 @@ def test_a_slurm_job_saves_when_its_time_is_over_and_is_queued_again(prepared: t
 
     model, data, source = prepared
     shutil.copytree(source, tmp_path / "runs")
-    changes = {"epochs": 40, "checkpoint_every": 5, "evaluate_every": 1000}
+    changes = {"epochs": 15, "checkpoint_every": 5, "evaluate_every": 1000}
     recipe, cluster = tmp_path / "recipe.yaml", tmp_path / "cluster.yaml"
     recipe.write_text(yaml.safe_dump(json.loads(tiny_recipe(model, data, train=changes).model_dump_json())))
     slurm = {"nodes": 1, "arguments": ["--partition=small"]}

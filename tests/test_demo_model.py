@@ -23,6 +23,7 @@ SMALL = [
     "generate.batch_samples=8",
     "generate.max_length=32",
     "adapter.rank=8",
+    "adapter.blend=0.5",
     "train.batch_tokens=128",
     "train.micro_batch_tokens=128",
     "train.warmup_steps=1",
@@ -36,7 +37,7 @@ SMALL = [
 KILL_AT = (
     ".generate-*.partial/train/shard-00000.parquet",
     ".repair-*.partial/.curvature/0020.safetensors",
-    ".repair-*.partial/.layers/blend-1.0/0003.safetensors",
+    ".repair-*.partial/.layers/blend-0.5/0003.safetensors",
     ".train-*.partial/.checkpoints/step-00000002.json",
     ".evaluate-*.partial/items/arc_easy.json",
 )

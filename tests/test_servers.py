@@ -10,12 +10,14 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+import launch.servers
 from launch.cluster import Cluster, LocalServers, load_cluster
 from launch.servers import ServerPool, Serving, answers, visible_device
 from recovery.errors import Unavailable, UserError, UserErrors
@@ -93,6 +95,33 @@ def test_one_that_ran_before_is_taken_over_when_its_own_run_ends(pool: Any):
         first.stop()
         wait_until(lambda: server.process is not None and answers(server.url))
         assert not second.is_lost
+
+
+def test_one_that_dies_is_started_again_by_the_command_that_started_it(pool: Any, monkeypatch: pytest.MonkeyPatch):
+    """Not by one that only uses it, however long the other waits before it does so."""
+    monkeypatch.setattr(launch.servers, "PAUSE_S", 3.0)
+    port = free_ports(1)
+    with pool(count=1, port=port) as first, pool(count=1, port=port) as second:
+        (server,), (used,) = first.servers, second.servers
+        for _ in range(2):  # at once, and after the pause
+            before = server.process.pid
+            os.killpg(before, signal.SIGKILL)
+            wait_until(lambda before=before: server.process.pid != before and answers(server.url))
+        assert server.restarts == 2
+        assert used.process is None
+
+
+def test_of_two_commands_at_once_one_starts_the_server_and_both_use_it(pool: Any):
+    port = free_ports(1)
+    pools = [pool(count=1, port=port) for _ in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(ServerPool.__enter__, pools))
+    try:
+        assert sum(one.servers[0].process is not None for one in pools) == 1
+        assert answers(pools[0].servers[0].url)
+    finally:
+        for one in pools:
+            one.stop()
 
 
 def test_on_a_gpu_both_variables_name_the_device_that_was_left_visible(monkeypatch: pytest.MonkeyPatch):

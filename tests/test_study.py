@@ -323,7 +323,7 @@ def test_a_study_halves(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     path = write_study(tmp_path, tiny, {"train.learning_rate": [1e-2, 1e-9]}, evaluate=KL_ALONE)
     study = yaml.safe_load(path.read_text())
-    changes = {"train.epochs": 20, "train.evaluate_every": 2, "train.checkpoint_every": 2}
+    changes = {"train.epochs": 6, "train.evaluate_every": 2, "train.checkpoint_every": 2}
     halving = {"among": ["train.learning_rate"], "first_tokens": 500, "factor": 2}
     path.write_text(yaml.safe_dump({**study, "changes": changes, "halving": halving}, sort_keys=False))
     command = ("study", str(path), "--runs-dir", str(tmp_path / "runs"))
