@@ -51,7 +51,7 @@ def tiny_recipe(reference: Path, data_dir: Path, **changes: Any) -> Recipe:
         "adapter": {"placement": "kv", "rank": 32},
         "train": {
             "learning_rate": 1e-2,
-            "epochs": 20,
+            "epochs": 10,
             "warmup_steps": 5,
             "batch_tokens": 160,
             "micro_batch_tokens": 160,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import stat
 import subprocess
 import sys
@@ -21,7 +20,6 @@ from launch.pipeline import run_stage_process
 from recovery.errors import EXIT_INTERRUPTED, UserError, UserErrors
 from tests.conftest import REPOSITORY
 from tests.pipeline import make_benchmarks, stages_of, tiny_recipe
-from tests.processes import wait_until
 
 PASSWORD = "correct-horse"
 
@@ -157,61 +155,19 @@ def test_a_dry_run_shows_everything_but_secrets(tiny: Path, tmp_path: Path):
     assert not (tmp_path / "runs").exists()
 
 
-FAKES = {
-    # As sbatch: the script in the background, with the variables of a job; its id on standard output.
-    "sbatch": """#!/bin/sh
-echo "Submitted batch job 77"
-SLURM_JOB_ID=77 SLURMD_NODENAME=localhost setsid bash "$1" >> "$FAKES/slurm.log" 2>&1 & echo $! > "$FAKES/pid"
-""",
-    # As srun with one task: what comes behind its own options.
-    "srun": """#!/bin/sh
-echo "srun $*" >> "$FAKES/calls"
-while [ "$1" != "$PYTHON" ]; do shift; done
-exec "$@"
-""",
-    "scontrol": """#!/bin/sh
-echo "scontrol $*" >> "$FAKES/calls"
-""",
-}
-
-
-def test_a_slurm_job_saves_when_its_time_is_over_and_is_queued_again(prepared: tuple[Path, Path, Path], tmp_path: Path):
-    """With stand-ins for sbatch, srun and scontrol."""
-    import shutil
-
-    model, data, source = prepared
-    shutil.copytree(source, tmp_path / "runs")
-    changes = {"epochs": 15, "checkpoint_every": 5, "evaluate_every": 1000}
+def test_a_dry_run_of_a_slurm_cluster_shows_the_batch_script(tiny: Path, tmp_path: Path):
+    """tests/multinode runs it under a real Slurm."""
     recipe, cluster = tmp_path / "recipe.yaml", tmp_path / "cluster.yaml"
-    recipe.write_text(yaml.safe_dump(json.loads(tiny_recipe(model, data, train=changes).model_dump_json())))
-    slurm = {"nodes": 1, "arguments": ["--partition=small"]}
-    cluster.write_text(yaml.safe_dump({"name": "x", "device": "cpu", "processes": 2, "slurm": slurm}))
-    fakes = tmp_path / "fakes"
-    fakes.mkdir()
-    for name, content in FAKES.items():
-        (fakes / name).write_text(content)
-        (fakes / name).chmod(0o755)
-    arguments = ("train", str(recipe), "--cluster", str(cluster), "--runs-dir", str(tmp_path / "runs"))
-    environment = {"PATH": f"{fakes}:{os.environ['PATH']}", "FAKES": str(fakes), "PYTHON": sys.executable}
-
-    done = recover_lora(*arguments, **environment)
+    recipe.write_text(
+        yaml.safe_dump(json.loads(tiny_recipe(tiny, make_benchmarks(tmp_path / "data")).model_dump_json()))
+    )
+    slurm = {"nodes": 2, "notice_s": 90, "arguments": ["--partition=small"]}
+    cluster.write_text(yaml.safe_dump({"name": "x", "device": "cpu", "slurm": slurm}))
+    arguments = ("train", str(recipe), "--cluster", str(cluster), "--runs-dir", str(tmp_path / "runs"), "--dry-run")
+    done = recover_lora(*arguments)
     assert done.returncode == 0, done.stderr
-    assert "Submitted batch job 77" in done.stdout
-    script = (tmp_path / "runs" / "tiny" / "jobs" / "slurm.sh").read_text()
-    assert "#SBATCH --nodes=1\n" in script
-    assert "#SBATCH --partition=small\n" in script
-
-    job = int((fakes / "pid").read_text())
-    checkpoints = lambda: list((tmp_path / "runs" / "artifacts").glob(".train-*/.checkpoints/step-*.json"))  # noqa: E731
-    try:
-        wait_until(checkpoints, 120)
-    finally:
-        os.kill(job, signal.SIGTERM)  # as Slurm does, `notice_s` before the end, to the batch shell alone
-    wait_until(lambda: "requeue 77" in (fakes / "calls").read_text(), 60)
-    assert "asked to stop: saved after step" in (fakes / "slurm.log").read_text()
-    assert str(EXIT_INTERRUPTED) in script
-
-    again = recover_lora(*arguments, **environment)
-    assert again.returncode == 0
-    wait_until(lambda: list((tmp_path / "runs" / "artifacts").glob("train-*")), 120)
-    assert "going on after step" in (fakes / "slurm.log").read_text()
+    lines = done.stdout.splitlines()
+    for setting in ("--nodes=2", "--partition=small", "--requeue", "--signal=B:TERM@90"):
+        assert f"#SBATCH {setting}" in lines
+    assert f"""if [ "$code" -eq {EXIT_INTERRUPTED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi""" in lines
+    assert not (tmp_path / "runs").exists()

@@ -18,9 +18,9 @@ from tests.conftest import REPOSITORY
 pytestmark = pytest.mark.slow
 RECIPE = "launch/recipes/smollm2-135m/demo.yaml"
 SMALL = [
-    "generate.samples=16",
-    "generate.held_out_samples=8",
-    "generate.batch_samples=8",
+    "generate.samples=8",
+    "generate.held_out_samples=4",
+    "generate.batch_samples=4",
     "generate.max_length=32",
     "adapter.rank=8",
     "adapter.blend=0.5",
@@ -30,8 +30,8 @@ SMALL = [
     "train.checkpoint_every=1",
     "train.evaluate_every=10",
     "evaluate.tasks=[arc_easy,sciq]",
-    "evaluate.limit=6",
-    "evaluate.contexts=4",
+    "evaluate.limit=4",
+    "evaluate.contexts=2",
 ]
 # When each of these exists, the stage has kept a piece of its work and has more to do.
 KILL_AT = (

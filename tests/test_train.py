@@ -102,7 +102,6 @@ def losses(folder: Path) -> list[tuple[int, float, float]]:
     [
         ("zero1", "float32"),
         ("zero2", "float32"),
-        ("zero3", "float32"),
         ("all of it partitioned", "float32"),
         ("zero1", "bfloat16"),
         ("zero3", "bfloat16"),
@@ -114,7 +113,8 @@ def test_killed_and_resumed_equals_undisturbed(
     if not zero.startswith("zero"):
         zero = partitioned(tmp_path)
     undisturbed = train_with(prepared, tmp_path / "a", None, dtype, deepspeed=zero)
-    for stop in (3, 5, 12, 13):  # before the first checkpoint, right at one, between two, and soon after a restart
+    # Before the first checkpoint, right at one, between two, and soon after a restart; bfloat16 is slow on many CPUs.
+    for stop in (3, 5, 12, 13) if dtype == "float32" else (12,):
         with pytest.raises(Killed):
             train_with(prepared, tmp_path / "b", stop, dtype, deepspeed=zero)
     resumed = train_with(prepared, tmp_path / "b", None, dtype, deepspeed=zero)
@@ -158,7 +158,7 @@ def test_zero_stages_and_micro_batches_give_the_same_losses(prepared: tuple[Path
 def test_gradients_of_many_micro_batches_add_up_in_float32(
     prepared: tuple[Path, Path, Path], tmp_path: Path, zero: str
 ):
-    """The same micro-batch 400 times: in bfloat16 a sum of equal numbers stands still at 256 of them."""
+    """The same sample 300 times: in bfloat16 a sum of equal numbers stands still at 256 of them."""
     model, data, source = prepared
     shutil.copytree(source, tmp_path / "runs")
     job = job_of(tiny_recipe(model, data, train={"deepspeed": zero, "max_grad_norm": 1e9}), tmp_path / "runs", "train")
@@ -167,14 +167,14 @@ def test_gradients_of_many_micro_batches_add_up_in_float32(
         run = set_up(job.model_copy(update={"dtype": "bfloat16"}), tmp_path, 0, 1, tracker)
 
     def norm(times: int) -> float:
-        rows = run.plan[0].micro_batches[0]
+        rows = run.plan[0].micro_batches[0][:1]
         batch = collate(run.tokens, rows)
         targets = run.teacher.targets(batch, run.teacher.fetch(rows))
         for number in range(times):
             run.engine.backward(batch, targets, 100, last=number == times - 1)
         return float(run.engine.step(0.0))
 
-    assert norm(400) == pytest.approx(400 * norm(1), rel=1e-3)
+    assert norm(300) == pytest.approx(300 * norm(1), rel=1e-3)
 
 
 def test_checkpointed_activations_turn_no_dropout_on(tiny: Path):
@@ -335,7 +335,6 @@ def test_training_that_never_helps_delivers_nothing(prepared: tuple[Path, Path, 
 @pytest.mark.parametrize(
     ("zero", "learns", "dtype"),
     [
-        ("zero1", "adapters", "float32"),
         ("zero1", "adapters", "bfloat16"),
         ("zero3", "adapters", "bfloat16"),
         ("all of it partitioned", "adapters", "float32"),

@@ -17,8 +17,8 @@ from tests.processes import wait_until
 
 HEARTBEAT_S = 10
 RUN_S = 240
-STEPS = {"epochs": 10, "evaluate_every": 60, "checkpoint_every": 4, "learning_rate": 1e-3}
-"""120 steps, about a quarter of a minute on two hosts: long enough for something to happen on the way."""
+STEPS = {"epochs": 20, "evaluate_every": 60, "checkpoint_every": 4, "learning_rate": 1e-3}
+"""240 steps, 10 to 30 seconds on two hosts: long enough for something to happen on the way."""
 
 
 class Site:
