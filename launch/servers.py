@@ -336,10 +336,10 @@ class ServerPool:
                 if self._failure is not None:
                     raise self._failure
                 if time.monotonic() > deadline:
-                    raise Unavailable(
-                        f"{waiting[0].url} did not answer within {self._settings.start_timeout_s:.0f} s; "
-                        f"see {waiting[0].log}\n{self._end_of_log(waiting[0])}"
-                    )
+                    late, within = waiting[0], f"within {self._settings.start_timeout_s:.0f} s"
+                    if late.process is None:
+                        raise Unavailable(f"{late.url}, which another command starts, did not answer {within}")
+                    raise Unavailable(f"{late.url} did not answer {within}; see {late.log}\n{self._end_of_log(late)}")
                 for server in [server for server in waiting if answers(server.url)]:
                     waiting.remove(server)
                     server.was_healthy = True

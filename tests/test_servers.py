@@ -19,7 +19,7 @@ import yaml
 
 import launch.servers
 from launch.cluster import Cluster, LocalServers, load_cluster
-from launch.servers import ServerPool, Serving, answers, visible_device
+from launch.servers import ServerPool, Serving, answers, mark_of, visible_device
 from recovery.errors import Unavailable, UserError, UserErrors
 from tests.conftest import REPOSITORY
 from tests.processes import children_of, free_ports, group_of, wait_until
@@ -122,6 +122,14 @@ def test_of_two_commands_at_once_one_starts_the_server_and_both_use_it(pool: Any
     finally:
         for one in pools:
             one.stop()
+
+
+def test_a_server_that_another_command_never_starts_is_told_as_its(pool: Any):
+    waiting = pool(count=1, start_timeout_s=1)
+    mark = mark_of(int(waiting.servers[0].url.rpartition(":")[2]))
+    assert mark is not None
+    with mark, pytest.raises(Unavailable, match="which another command starts, did not answer within 1 s"), waiting:
+        pass
 
 
 def test_on_a_gpu_both_variables_name_the_device_that_was_left_visible(monkeypatch: pytest.MonkeyPatch):
