@@ -80,7 +80,7 @@ def write_files(folder: Path, port: int) -> tuple[Path, Path]:
         "name": "real",
         "models": {"reference": str(MODEL), "dtype": "float32"},
         "degrade": {"kind": "gaussian_noise", "relative_std": 0.5},
-        "generate": {"engine": "vllm", "samples": 48, "held_out_samples": 4, "max_length": 80},
+        "generate": {"engine": "vllm", "samples": 120, "held_out_samples": 4, "max_length": 80},
         "evaluate": {"data_dir": str(REPOSITORY / "assets" / "benchmarks"), "suite": "extended"},
     }
     servers = {

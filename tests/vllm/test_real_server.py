@@ -268,7 +268,13 @@ def test_killed_half_way_it_is_started_again_and_the_corpus_is_completed(serving
             stderr=errors,
         )
         artifacts = serving.runs / "artifacts"
-        wait_until(lambda: len(locate(sorted(artifacts.glob(".generate-*/.pieces/train/piece-*"))).index) > 20, 300)
+
+        def is_under_way() -> bool:
+            # Pieces are written every five seconds: the corpus takes several times that on a fast machine.
+            assert run.poll() is None, "generation ended before it could be killed"
+            return len(locate(sorted(artifacts.glob(".generate-*/.pieces/train/piece-*"))).index) > 20
+
+        wait_until(is_under_way, 300)
         killed = serving.group()
         os.kill(serving.api_server(), signal.SIGKILL)
         # What the API server leaves behind ends with its guard.
@@ -284,7 +290,7 @@ def test_killed_half_way_it_is_started_again_and_the_corpus_is_completed(serving
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert "train: 48 samples" in result.stdout
+    assert "train: 120 samples" in result.stdout
     said = (serving.runs / "real" / "logs" / "serve.log").read_text()
     assert "died; start 1 of 3" in said
 
