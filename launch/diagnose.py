@@ -134,7 +134,7 @@ def render_costs(costs: Costs) -> list[str]:
         f"  states differ by {costs.drift[0]:.1%} behind the first layer, {costs.drift[-1]:.1%} behind the last",
     ]
     if costs.floor > 0.01 * found.kl:
-        where = "norms, embeddings, biases, routers, the head, or matrices that PEFT cannot adapt beside experts"
+        where = "norms, embeddings, biases, routers, the head, or experts of a kind that no adapter is made for"
         lines.append(f"  {costs.floor:.4g} of it is damage in {where}, which is not weighed further")
     dearest = sorted(costs.nats, key=costs.nats.__getitem__, reverse=True)[:5]
     if dearest:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,10 @@ from recovery.placement import check_adapter, expert_parameters, patterns_of, sh
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+OLD_NAMES_OF_EXPERTS = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+"""In a model with experts PEFT takes each of these for the experts' own, as older checkpoints have them. Linear modules
+of the same name (a shared expert's, a dense layer's beside experts) are adapted by way of their parameter."""
+WEIGHT = ".weight"
 
 
 def add_adapter(model: Any, adapter: Adapter, seed: int, ranks: Mapping[str, int] | None = None) -> Any:
@@ -30,18 +34,19 @@ def add_adapter(model: Any, adapter: Adapter, seed: int, ranks: Mapping[str, int
     from peft import LoraConfig, get_peft_model
 
     names = list(ranks) if ranks is not None else check_adapter(model, adapter)
-    experts = expert_parameters(model)
-    modules = [name for name in names if name not in experts]
-    parameters = [name for name in names if name in experts]
-    pattern = dict(ranks or {})
+    parameters = _parameters_of(model, names)
+    modules = [name for name in names if name not in parameters]
+    pattern = {parameters.get(name, name): rank for name, rank in (ranks or {}).items()}
+    # The same short patterns in the file as in the recipe: 60 full names would say no more and load no better.
     short = short_names(model, modules, patterns_of(adapter.placement)) if ranks is None else set(modules)
+    short_parameters = _short_parameters(model, parameters.values()) if ranks is None else set(parameters.values())
     config = LoraConfig(
         r=max(pattern.values(), default=adapter.rank),
         lora_alpha=max(pattern.values(), default=adapter.effective_alpha),
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
         target_modules=modules,
-        target_parameters=parameters or None,
+        target_parameters=list(parameters.values()) or None,
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
@@ -49,17 +54,33 @@ def add_adapter(model: Any, adapter: Adapter, seed: int, ranks: Mapping[str, int
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted: Any = get_peft_model(model, config, autocast_adapter_dtype=False)
-    # The same short patterns in the file as in the recipe: 60 full names would say no more and load no better.
-    if ranks is None:
-        own = adapted.peft_config["default"]
-        own.target_modules = short
-        own.target_parameters = sorted({".".join(name.split(".")[-2:]) for name in parameters}) or None
+    own = adapted.peft_config["default"]
+    own.target_modules, own.target_parameters = short, sorted(short_parameters) or None
     return adapted
 
 
+def _parameters_of(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Of the matrices that PEFT must be given as parameters: the parameter's name, by the matrix'."""
+    experts = expert_parameters(model)
+    found = {name: name for name in names if name in experts}
+    if experts:
+        linear = (name for name in names if name not in experts)
+        found |= {name: name + WEIGHT for name in linear if name.rpartition(".")[2] in OLD_NAMES_OF_EXPERTS}
+    return found
+
+
+def _short_parameters(model: Any, names: Collection[str]) -> set[str]:
+    """What PEFT needs to find these parameters again: last parts of their names, or the whole names where that would
+    find others too."""
+    short = {".".join(name.split(".")[-3 if name.endswith(WEIGHT) else -2 :]) for name in names}
+    others = {name for name, _ in model.named_parameters()} - {*names}
+    return {*names} if any(name.endswith(f".{one}") for name in others for one in short) else short
+
+
 def ranks_in(folder: Path) -> dict[str, int] | None:
-    """The modules' ranks of a saved adapter that has one for each; None for one rank everywhere."""
-    return read_json(folder / CONFIG)["rank_pattern"] or None
+    """The matrices' ranks of a saved adapter that has one for each; None for one rank everywhere."""
+    pattern = read_json(folder / CONFIG)["rank_pattern"]
+    return {name.removesuffix(WEIGHT): rank for name, rank in pattern.items()} or None
 
 
 def write_uniform(folder: Path, into: Path) -> int:

@@ -23,7 +23,7 @@ from recovery.curvature import sensitivities
 from recovery.layerwise import Stream, begin, layers_of, on_device, output_of
 from recovery.measure import Measurement, measure_streams
 from recovery.models import check_training_path, device, share_equal
-from recovery.placement import adaptable, matrices
+from recovery.placement import matrices
 from recovery.progress import progress
 from recovery.survey import differing, names_by_layer, spectra_in
 
@@ -187,8 +187,8 @@ def weigh(
 
 
 def spectra_of(reference: Any, degraded: Any, batches: Sequence[Batch], width: int, seed: int) -> dict[str, Spectrum]:
-    """Of every damaged matrix in the layers that may have an adapter, in the model's order."""
-    names = adaptable(reference, differing(reference, degraded))
+    """Of every damaged matrix in the layers, in the model's order."""
+    names = differing(reference, degraded)
     inside = names_by_layer(reference, names)
     theirs, own = matrices(reference), matrices(degraded)
     streams = [begin(reference, batch) for batch in batches]

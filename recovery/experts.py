@@ -105,8 +105,9 @@ class ExpertLayer:
 
 
 def is_expert(module: Any) -> bool:
-    """Whether an adapter's module is PEFT's wrapper of a parameter."""
-    return hasattr(module, "parameter_name")
+    """Whether an adapter's module is PEFT's wrapper of experts. A linear module may have such a wrapper too, around its
+    `weight` (recovery.adapters)."""
+    return getattr(module, "parameter_name", "weight") != "weight"
 
 
 def inputs_of(experts: Any, gate_up_OI: Tensor, part: str, states_TH: Tensor) -> Tensor:

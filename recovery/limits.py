@@ -18,6 +18,7 @@ import torch
 from recovery.adapters import load_adapter
 from recovery.calibration import FORWARD_TOKENS, calibration_rows
 from recovery.corpus import Tokens
+from recovery.experts import is_expert
 from recovery.measure import HeldOut, measure_on, remember
 from recovery.models import device
 from recovery.placement import counterparts, matrices
@@ -68,7 +69,7 @@ def adapted_names(adapted: Any) -> list[str]:
     for name, module in adapted.named_modules():
         if hasattr(module, "lora_A"):
             inside = name.removeprefix("base_model.model.").replace(".base_layer", "")
-            names.append(f"{inside}.{module.parameter_name}" if hasattr(module, "parameter_name") else inside)
+            names.append(f"{inside}.{module.parameter_name}" if is_expert(module) else inside)
     return names
 
 

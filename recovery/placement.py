@@ -21,7 +21,6 @@ PLACEMENTS: dict[str, tuple[frozenset[str], ...]] = {
     "attention_mlp": (KEYS_VALUES, QUERIES_OUTPUT, MLP),
 }
 """Parts of a layer, each with the last parts of names that architectures have for its modules."""
-EXPERTS_OLD_NAMES = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate"})
 
 
 def modules_of_text(model: Any) -> Iterator[tuple[str, Any]]:
@@ -198,22 +197,6 @@ def check_rank(model: Any, names: Sequence[str], rank: int) -> None:
         )
 
 
-def adaptable(model: Any, names: Sequence[str]) -> list[str]:
-    """Those that PEFT can adapt: in a model with experts it takes every gate_proj, up_proj and down_proj for the
-    experts' own of older checkpoints, so shared experts and dense layers beside them get no adapter."""
-    experts = expert_parameters(model)
-    return [name for name in names if not experts or name in experts or _last_part(name) not in EXPERTS_OLD_NAMES]
-
-
-def _some_adaptable(model: Any, names: Sequence[str]) -> list[str]:
-    """Raises UserError where nothing is left."""
-    left = adaptable(model, names)
-    if not left:
-        found = f"PEFT takes {', '.join(sorted({_last_part(name) for name in names}))} for the experts' own"
-        raise UserError("adapter.placement", found, "name experts.gate_up_proj, experts.down_proj or attention")
-    return left
-
-
 def check_adapter(model: Any, adapter: Adapter) -> list[str]:
     """Full names of the modules that the adapter sits on; with placement auto, of those that it may sit on.
 
@@ -221,8 +204,8 @@ def check_adapter(model: Any, adapter: Adapter) -> list[str]:
     """
     if adapter.placement == "auto":
         parameter_budget(model, adapter)
-        return _some_adaptable(model, list(matrices(model)))
-    names = _some_adaptable(model, select(model, patterns_of(adapter.placement), "adapter.placement", head=True))
+        return list(matrices(model))
+    names = select(model, patterns_of(adapter.placement), "adapter.placement", head=True)
     if adapter.init != "zero":
         check_inside_layers(model, names)
     check_rank(model, names, adapter.rank)

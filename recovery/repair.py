@@ -97,9 +97,6 @@ class Workshop:
         if job.adapter.placement == "auto" and not self.allocated:
             if not damaged:
                 raise Unavailable("no linear module of the layers differs from the reference's: nothing to repair")
-            if not set(damaged) & set(names):
-                kinds = ", ".join(sorted({name.rpartition(".")[2] for name in damaged}))
-                raise Unavailable(f"PEFT adapts no damaged matrix ({kinds}) of this model: export these again")
             budget = parameter_budget(degraded, job.adapter)
             raise UserError("adapter.budget", f"{budget} is less than a single rank of any damaged matrix", "raise it")
         self.out_of_reach = bool(set(damaged) - set(names))

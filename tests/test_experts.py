@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 
+from recovery.adapters import adapted_modules, adapter_parameters, add_adapter, load_adapter, save_adapter
 from recovery.config import Adapter
 from recovery.costs import weigh
-from recovery.errors import UserError
+from recovery.limits import adapted_names
 from recovery.placement import check_adapter, expert_parameters, select
 from tests.pipeline import make_benchmarks, measure, run_in_process, tiny_recipe
 from tests.test_curvature import text_of
@@ -38,7 +40,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_placements_know_experts(models: dict[str, Path], kind: str):
     model = model_at(models[kind])
     experts = expert_parameters(model)
-    assert not any("shared" in name for name in check_adapter(model, Adapter(placement=("all",), rank=4)))
+    everywhere = check_adapter(model, Adapter(placement=("all",), rank=4))
+    assert any("shared" in name for name in everywhere) == (kind != "mixtral")
     assert experts
     assert all(parameter.shape[0] == 4 for parameter in experts.values())
     chosen = select(model, ["attention_mlp"], "test")
@@ -112,8 +115,6 @@ def test_auto_places_adapters_on_damaged_experts(models: dict[str, Path], data: 
 @pytest.mark.parametrize("kind", KINDS)
 def test_trained_experts_merge_into_the_weights(models: dict[str, Path], data: Path, runs: dict[str, Path], kind: str):
     """The whole pipeline; then plain PEFT merges what was trained, and the merged model measures the same."""
-    from peft import PeftModel
-
     adapter = {"placement": "attention_mlp", "rank": 24}
     train = {"epochs": 8, "learning_rate": 1e-2}
     recipe = tiny_recipe(models[kind], data, degrade=DAMAGE, adapter=adapter, train=train)
@@ -133,6 +134,38 @@ def test_trained_experts_merge_into_the_weights(models: dict[str, Path], data: P
     assert any("experts" in name for name in load_file(done["train"] / "adapter_model.safetensors"))
 
 
-def test_dense_layers_beside_experts_are_refused_by_name(models: dict[str, Path]):
-    with pytest.raises(UserError, match="PEFT takes gate_proj for the experts' own"):
-        check_adapter(model_at(models["deepseek_v3"]), Adapter(placement=("gate_proj",), rank=4))
+@pytest.mark.parametrize("placement", ["auto", ["gate_proj", "up_proj", "down_proj"]])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mixtral"])
+def test_shared_experts_and_dense_layers_are_repaired_trained_and_merged(
+    models: dict[str, Path], data: Path, runs: dict[str, Path], kind: str, placement: str | list[str]
+):
+    """PEFT takes their names for the routed experts', as older checkpoints have them."""
+    damage = {"kind": "gaussian_noise", "relative_std": 1.0, "modules": ["gate_proj", "up_proj", "down_proj"]}
+    damaged = set(select(model_at(models[kind]), damage["modules"], "test")) - {
+        *expert_parameters(model_at(models[kind]))
+    }
+    budget = 24 * sum(sum(model_at(models[kind]).get_submodule(name).weight.shape) for name in damaged)
+    adapter = {"placement": placement, "rank": 24, "init": "closed_form_sequential"}
+    adapter |= {"budget": budget} if placement == "auto" else {}
+    recipe = tiny_recipe(models[kind], data, degrade=damage, adapter=adapter, train={"epochs": 1})
+    done = run_in_process(recipe, runs[kind])
+    adapted = adapted_modules(done["train"])
+    assert damaged <= adapted
+    before, after = [json.loads(line)["kl"] for line in (done["repair"] / "held_out.jsonl").read_text().splitlines()]
+    assert after < 0.5 * before
+    merged: Any = PeftModel.from_pretrained(model_at(done["degrade"]), done["train"])
+    merged = merged.merge_and_unload()
+    tokens = text_of((models[kind], data, runs[kind]), "held_out")
+    found = measure(merged, model_at(models[kind]), tokens, width_of(models[kind]), 512, "")
+    summary = json.loads((done["report"] / "summary.json").read_text())
+    assert found.kl == pytest.approx(summary["kl"]["recovered"], rel=1e-3)
+
+
+def test_adapters_of_one_layer_are_not_read_into_others(models: dict[str, Path], tmp_path: Path):
+    """The file names parameters by the ends of their names only where these stand for no others."""
+    names = ("model.layers.1.mlp.shared_expert.up_proj", "model.layers.1.mlp.experts.down_proj")
+    adapted = add_adapter(model_at(models["qwen2_moe"]), Adapter(placement=names, rank=4), 0)
+    save_adapter(adapted, tmp_path, {name: one.detach() for name, one in adapter_parameters(adapted).items()}, "base")
+    read = load_adapter(model_at(models["qwen2_moe"]), tmp_path)
+    assert set(adapted_names(read)) == set(adapted_names(adapted)) == set(names)
+    assert adapted_modules(tmp_path) == {names[0], names[1].rpartition(".")[0]}

@@ -32,7 +32,7 @@ def case_of(model: Path, adapter: Adapter, train: Train | None = None) -> Case:
 @pytest.mark.parametrize("name", ["llama", "mixtral", "qwen2_moe"])
 @pytest.mark.parametrize("budget", [1500, 30_000])
 def test_a_budget_that_goes_where_it_counts_is_rehearsed_as_large(models: dict[str, Path], name: str, budget: int):
-    """Over experts too, and not over what no adapter may sit on."""
+    """Over experts too."""
     adapter = Adapter(placement="auto", init="closed_form_sequential", budget=budget)
     adapted = with_adapter(skeleton(str(models[name]), None), adapter)
     found = sum(parameter.numel() for parameter in adapter_parameters(adapted).values())
