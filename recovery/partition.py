@@ -30,6 +30,16 @@ def partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
         del known
 
 
+def gather_with_adapters(model: nn.Module) -> None:
+    """Have ZeRO-3 gather all that lies in PEFT's wrappers of parameters together: it gathers for modules that are
+    called, and such a wrapper reads the weights of A and B without a call. To be called before the engine is made."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in model.modules():
+        if hasattr(module, "parameter_name"):
+            set_z3_leaf_module(module, True)
+
+
 @contextlib.contextmanager
 def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """The parameters whole while inside, on every rank; nothing to do where they are. All ranks enter it."""

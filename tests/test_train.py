@@ -332,6 +332,16 @@ def test_training_that_never_helps_delivers_nothing(prepared: tuple[Path, Path, 
     assert not list((tmp_path / "runs" / "artifacts").glob("train-*"))
 
 
+def on_two_ranks(job: Any, folder: Path) -> None:
+    """Through torchrun."""
+    file = folder / "job.json"
+    file.write_text(job.to_json())
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    command = [*torchrun, "--module", "recovery.train", str(file)]
+    subprocess.run(command, check=True, cwd=REPOSITORY, env=environment, timeout=300)
+
+
 @pytest.mark.parametrize(
     ("zero", "learns", "dtype"),
     [
@@ -344,7 +354,7 @@ def test_training_that_never_helps_delivers_nothing(prepared: tuple[Path, Path, 
 def test_two_ranks_take_the_same_steps_as_one(
     prepared: tuple[Path, Path, Path], tmp_path: Path, zero: str, learns: str, dtype: str
 ):
-    """Through torchrun; an odd number of micro-batches leaves one rank without one now and then."""
+    """An odd number of micro-batches leaves one rank without one now and then."""
     if not zero.startswith("zero"):
         zero = partitioned(tmp_path)
     settings: dict[str, Any] = {"epochs": 1, "batch_tokens": 320, "micro_batch_tokens": 160, "deepspeed": zero}
@@ -354,12 +364,7 @@ def test_two_ranks_take_the_same_steps_as_one(
     shutil.copytree(source, tmp_path / "b")
     job = job_of(tiny_recipe(model, data, train={**SHORT, **settings}), tmp_path / "b", "train")
     job = job.model_copy(update={"dtype": dtype})
-    file = tmp_path / "job.json"
-    file.write_text(job.to_json())
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    command = [*torchrun, "--module", "recovery.train", str(file)]
-    subprocess.run(command, check=True, cwd=REPOSITORY, env=environment, timeout=300)
+    on_two_ranks(job, tmp_path)
     for one, other in zip(losses(job.runtime.output), losses(alone), strict=True):
         assert one == pytest.approx(other, rel=1e-3)
     details = json.loads((job.runtime.output / "manifest.json").read_text())["details"]
@@ -374,3 +379,26 @@ def test_two_ranks_take_the_same_steps_as_one(
         held, whole = map(float, said.groups())
         # Tensors below ZeRO-3's threshold are whole on each rank; of tiny models these are nearly all.
         assert held < 0.6 * whole if zero.endswith(".json") else held <= whole
+
+
+@pytest.mark.parametrize("kind", ["qwen2_moe", "deepseek_v3"])
+def test_experts_held_in_pieces_take_the_same_steps(models: dict[str, Path], tmp_path: Path, kind: str):
+    """DeepSpeed gathers a Qwen-MoE's block of experts as one whole, and knows nothing of DeepSeek's. What the first
+    layer's is given needs no gradient."""
+    modules = ["gate_proj", "up_proj", "down_proj"]
+    recipe = tiny_recipe(
+        models[kind],
+        make_benchmarks(tmp_path / "data"),
+        degrade={"kind": "gaussian_noise", "relative_std": 0.5, "modules": modules},
+        adapter={"placement": modules, "rank": 8},
+        train={**SHORT, "epochs": 1, "batch_tokens": 320, "micro_batch_tokens": 160, "learning_rate": 1e-2},
+    )
+    run_in_process(recipe, tmp_path / "runs", until="contexts")
+    job = job_of(recipe, tmp_path / "runs", "train").model_copy(update={"dtype": "float32"})
+    alone = build(job, recovery.train.produce, resumable=True)
+    pieces = json.loads(Path(partitioned(tmp_path)).read_text())
+    runtime = job.runtime.model_copy(update={"output": alone.with_name("pieces")})
+    job = job.model_copy(update={"runtime": runtime, "deepspeed": {**job.deepspeed, **pieces}})
+    on_two_ranks(job, tmp_path)
+    for one, other in zip(losses(job.runtime.output), losses(alone), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
