@@ -193,7 +193,10 @@ def _text(value: Any) -> str:
 
 def _vllm_use(base: str, settings: Mapping[str, Any], *, experts: bool) -> str:
     if experts:
-        return "vLLM takes no adapters of experts: it serves the merged model (`recover-lora deliver RECIPE --merged`)."
+        return (
+            "vLLM takes no adapters of experts, or of what PEFT takes for them: it serves the merged model"
+            " (`recover-lora deliver RECIPE --merged`)."
+        )
     several = settings["placement"] == "auto"
     folder = f"path/to/this/folder{'/uniform' if several else ''}"
     rank = "its `r`" if several else str(settings["rank"])

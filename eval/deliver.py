@@ -3,7 +3,7 @@
     python -m eval.deliver JOB
 
 Writes the PEFT adapter, `README.md` (the model card), `summary.json`, `checks.json`; `uniform/`, the same adapter with
-one rank, where it has several and none on experts, as vLLM takes it; and, where asked for, `merged/`, the whole
+one rank, where it has several and adapts modules alone, as vLLM takes it; and, where asked for, `merged/`, the whole
 recovered model, and `gguf/model.gguf`. Where asked for, a vLLM server of the adapter is compared too. A form whose KL
 is not the scored one, or whose greedy tokens differ by more than rounding, fails the stage, and nothing is delivered.
 """
@@ -120,7 +120,7 @@ def produce(job: DeliverJob, workspace: Workspace) -> dict[str, Any]:
     adapted = next_logits(recovered, text, width)
     checks = [check("adapter", recovered, adapted, adapted)]
     del recovered
-    if ranks_in(folder) is not None and not config.get("target_parameters"):  # vLLM has no adapters of experts
+    if ranks_in(folder) is not None and not config.get("target_parameters"):  # of which vLLM has no adapters
         write_uniform(folder, folder / UNIFORM)
         uniform = with_adapter(folder / UNIFORM)
         checks.append(check("uniform", uniform, next_logits(uniform, text, width), adapted))

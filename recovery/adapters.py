@@ -19,9 +19,6 @@ from recovery.placement import check_adapter, expert_parameters, patterns_of, sh
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-OLD_NAMES_OF_EXPERTS = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
-"""In a model with experts PEFT takes each of these for the experts' own, as older checkpoints have them. Linear modules
-of the same name (a shared expert's, a dense layer's beside experts) are adapted by way of their parameter."""
 WEIGHT = ".weight"
 
 
@@ -60,13 +57,28 @@ def add_adapter(model: Any, adapter: Adapter, seed: int, ranks: Mapping[str, int
 
 
 def _parameters_of(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """Of the matrices that PEFT must be given as parameters: the parameter's name, by the matrix'."""
+    """Of the matrices that PEFT must be given as parameters: the parameter's name, by the matrix'.
+
+    These are experts, and in families whose older checkpoints had a module for each expert (DeepSeek, OLMoE) all linear
+    modules of such a name, a shared expert's or a dense layer's: as modules PEFT would take them for the experts' own.
+    """
     experts = expert_parameters(model)
+    linear = [name for name in names if name not in experts]
+    taken = {last for last in {name.rpartition(".")[2] for name in linear} if _is_taken_for_experts(model, last)}
     found = {name: name for name in names if name in experts}
-    if experts:
-        linear = (name for name in names if name not in experts)
-        found |= {name: name + WEIGHT for name in linear if name.rpartition(".")[2] in OLD_NAMES_OF_EXPERTS}
-    return found
+    return found | {name: name + WEIGHT for name in linear if name.rpartition(".")[2] in taken}
+
+
+def _is_taken_for_experts(model: Any, last: str) -> bool:
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(target_modules=[last])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # it stands for a part of a parameter, and the others are missing
+        return True
+    return last not in set(config.target_modules or ())
 
 
 def _short_parameters(model: Any, names: Collection[str]) -> set[str]:
@@ -87,13 +99,15 @@ def write_uniform(folder: Path, into: Path) -> int:
     """The same adapter with one rank everywhere, as vLLM wants it: A and B padded with zeros to the largest, scales
     taken into B. Returns that rank.
 
-    Raises UserError for adapters of experts' parameters.
+    Raises UserError for adapters of parameters, experts' for the most part.
     """
     from safetensors.torch import save_file
 
     config = read_json(folder / CONFIG)
     if config.get("target_parameters"):
-        raise UserError(str(folder), "it adapts experts' parameters", "deliver --merged: vLLM has no such adapters")
+        raise UserError(
+            str(folder), "it adapts experts, or what PEFT takes for them", "deliver --merged: vLLM has no such adapters"
+        )
     weights = load_file(folder / WEIGHTS)
     ranks = {name: tensor.shape[0] for name, tensor in weights.items() if ".lora_A." in name}
     rank = max(ranks.values())

@@ -63,8 +63,7 @@ class Costs:
     floor: float
     """KL with all of `nats`' matrices put right: of damage that adapters on them do not reach"""
     nats: dict[str, float]
-    """KL that each damaged matrix of the layers (of experts, all together) causes by itself, to second order; of those
-    that may have adapters"""
+    """KL that each damaged matrix of the layers (of experts, all together) causes by itself, to second order"""
     restored: tuple[Restored, ...]
     forecasts: tuple[Forecast, ...]
 

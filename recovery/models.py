@@ -45,7 +45,7 @@ def quiet_libraries() -> None:
     logging.getLogger("peft").setLevel(logging.ERROR)
     # PEFT imports it for every model, and it then asks for a package that only 4-bit students on a CPU would use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # PEFT looks for ranks of experts among modules alone, though it has found and used them.
+    # PEFT looks for ranks of parameters among modules alone, though it has found and used them.
     warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys", category=RuntimeWarning)
     # PEFT asks transformers by a name that transformers has renamed.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)

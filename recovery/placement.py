@@ -30,15 +30,16 @@ def modules_of_text(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def linear_modules(model: Any, *, head: bool = False) -> dict[str, Any]:
-    """All `nn.Linear` modules of the decoder by full name, but for gates of one output: Qwen2-MoE's of its shared
-    expert routes as its routers do, which are no such modules. head: the output head too, where it has weights of its
-    own."""
+    """All `nn.Linear` modules of the decoder by full name, but for what routes: gates of one output (Qwen2-MoE's of its
+    shared expert), and gates beside experts (AFMoE's; other routers are no such modules). head: the output head too,
+    where it has weights of its own."""
     from torch import nn
 
+    experts = expert_parameters(model)
     found = {
         name: module
         for name, module in modules_of_text(model)
-        if isinstance(module, nn.Linear) and module.out_features > 1
+        if isinstance(module, nn.Linear) and module.out_features > 1 and not (experts and _last_part(name) == "gate")
     }
     output = model.get_output_embeddings()
     if head and output.weight is not model.get_input_embeddings().weight:
@@ -118,8 +119,8 @@ def skeleton(path: str, revision: str | None) -> Any:
 
 
 def may_be_in_pieces(model: ModelInput) -> bool:
-    """Whether ZeRO-3 may partition it while it is read: packed weights are unpacked whole, and PEFT looks at the shape
-    of experts' parameters. Such models are partitioned afterwards."""
+    """Whether ZeRO-3 may partition it while it is read: packed weights are unpacked whole, and of a block of
+    experts that is gathered as a whole no part can be looked at by itself. Such models are partitioned afterwards."""
     bare = skeleton(model.path, model.revision)
     return not check_packing(model.path, bare.config) and not expert_parameters(bare)
 
@@ -200,7 +201,7 @@ def check_rank(model: Any, names: Sequence[str], rank: int) -> None:
 def check_adapter(model: Any, adapter: Adapter) -> list[str]:
     """Full names of the modules that the adapter sits on; with placement auto, of those that it may sit on.
 
-    Raises UserError where there is none, where a closed form cannot reach one, or where the rank is too high.
+    Raises UserError where a placement names none or one that a closed form cannot reach, and for too high a rank.
     """
     if adapter.placement == "auto":
         parameter_budget(model, adapter)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AfmoeConfig, AfmoeForCausalLM
 
 from recovery.adapters import adapted_modules, adapter_parameters, add_adapter, load_adapter, save_adapter
 from recovery.config import Adapter
@@ -47,6 +48,18 @@ def test_placements_know_experts(models: dict[str, Path], kind: str):
     chosen = select(model, ["attention_mlp"], "test")
     assert set(experts) <= set(chosen)
     assert set(select(model, ["all"], "test")) >= set(experts)
+
+
+def test_a_router_that_is_a_linear_module_is_none_to_adapt():
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "vocab_size": 64}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    layers: dict[str, Any] = {"num_hidden_layers": 2, "num_dense_layers": 1, "num_experts": 4, "num_experts_per_tok": 2}
+    with torch.device("meta"):
+        model = AfmoeForCausalLM(AfmoeConfig(**sizes, **heads, **layers))
+    assert "model.layers.1.mlp.router.gate" in dict(model.named_modules())
+    names = check_adapter(model, Adapter(placement=("all",), rank=8))
+    assert "model.layers.1.mlp.shared_experts.gate_proj" in names
+    assert not any("router" in name for name in names)
 
 
 @pytest.mark.parametrize("init", ["closed_form", "closed_form_sequential"])
@@ -109,7 +122,7 @@ def test_auto_places_adapters_on_damaged_experts(models: dict[str, Path], data: 
     assert dearest.measured == pytest.approx(dearest.predicted, abs=0.35 * weighed.costs.degraded.kl)
     delivered = deliver(recipe, runs[kind], merged=True)
     assert [one["form"] for one in json.loads((delivered / "checks.json").read_text())] == ["adapter", "merged"]
-    assert "vLLM takes no adapters of experts" in (delivered / "README.md").read_text()
+    assert "vLLM takes no adapters of experts, or of what PEFT takes for them" in (delivered / "README.md").read_text()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,7 +152,7 @@ def test_trained_experts_merge_into_the_weights(models: dict[str, Path], data: P
 def test_shared_experts_and_dense_layers_are_repaired_trained_and_merged(
     models: dict[str, Path], data: Path, runs: dict[str, Path], kind: str, placement: str | list[str]
 ):
-    """PEFT takes their names for the routed experts', as older checkpoints have them."""
+    """PEFT takes DeepSeek's names for the routed experts', as older checkpoints have them."""
     damage = {"kind": "gaussian_noise", "relative_std": 1.0, "modules": ["gate_proj", "up_proj", "down_proj"]}
     damaged = set(select(model_at(models[kind]), damage["modules"], "test")) - {
         *expert_parameters(model_at(models[kind]))
@@ -163,9 +176,9 @@ def test_shared_experts_and_dense_layers_are_repaired_trained_and_merged(
 
 def test_adapters_of_one_layer_are_not_read_into_others(models: dict[str, Path], tmp_path: Path):
     """The file names parameters by the ends of their names only where these stand for no others."""
-    names = ("model.layers.1.mlp.shared_expert.up_proj", "model.layers.1.mlp.experts.down_proj")
-    adapted = add_adapter(model_at(models["qwen2_moe"]), Adapter(placement=names, rank=4), 0)
+    names = ("model.layers.1.mlp.shared_experts.up_proj", "model.layers.1.mlp.experts.down_proj")
+    adapted = add_adapter(model_at(models["deepseek_v3"]), Adapter(placement=names, rank=4), 0)
     save_adapter(adapted, tmp_path, {name: one.detach() for name, one in adapter_parameters(adapted).items()}, "base")
-    read = load_adapter(model_at(models["qwen2_moe"]), tmp_path)
+    read = load_adapter(model_at(models["deepseek_v3"]), tmp_path)
     assert set(adapted_names(read)) == set(adapted_names(adapted)) == set(names)
     assert adapted_modules(tmp_path) == {names[0], names[1].rpartition(".")[0]}

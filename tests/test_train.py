@@ -31,7 +31,7 @@ from recovery.models import checkpoint_activations, load_model
 from recovery.stage import build
 from recovery.tracking import Tracker
 from recovery.train import checkpoint_steps
-from recovery.training_run import Run, learning_rates, set_up, steps_below_the_peak
+from recovery.training_run import Run, is_zero3, learning_rates, set_up, steps_below_the_peak
 from recovery.vocabulary import load_vocabulary, used_width
 from recovery.watch import advice, advice_on_warmup
 from tests.conftest import REPOSITORY
@@ -381,8 +381,10 @@ def test_two_ranks_take_the_same_steps_as_one(
         assert held < 0.6 * whole if zero.endswith(".json") else held <= whole
 
 
-@pytest.mark.parametrize("kind", ["qwen2_moe", "deepseek_v3"])
-def test_experts_held_in_pieces_take_the_same_steps(models: dict[str, Path], tmp_path: Path, kind: str):
+@pytest.mark.parametrize(("kind", "checkpointing"), [("qwen2_moe", False), ("deepseek_v3", True)])
+def test_experts_held_in_pieces_take_the_same_steps(
+    models: dict[str, Path], tmp_path: Path, kind: str, checkpointing: bool
+):
     """DeepSpeed gathers a Qwen-MoE's block of experts as one whole, and knows nothing of DeepSeek's. What the first
     layer's is given needs no gradient."""
     modules = ["gate_proj", "up_proj", "down_proj"]
@@ -398,7 +400,9 @@ def test_experts_held_in_pieces_take_the_same_steps(models: dict[str, Path], tmp
     alone = build(job, recovery.train.produce, resumable=True)
     pieces = json.loads(Path(partitioned(tmp_path)).read_text())
     runtime = job.runtime.model_copy(update={"output": alone.with_name("pieces")})
-    job = job.model_copy(update={"runtime": runtime, "deepspeed": {**job.deepspeed, **pieces}})
+    train = job.train.model_copy(update={"activation_checkpointing": checkpointing})
+    job = job.model_copy(update={"runtime": runtime, "train": train, "deepspeed": {**job.deepspeed, **pieces}})
+    assert is_zero3(job)
     on_two_ranks(job, tmp_path)
     for one, other in zip(losses(job.runtime.output), losses(alone), strict=True):
         assert one == pytest.approx(other, rel=1e-3)
