@@ -30,14 +30,17 @@ def partitioned_loading(config: dict[str, Any]) -> Iterator[None]:
         del known
 
 
-def gather_with_adapters(model: nn.Module) -> None:
+def gather_with_adapters(model: nn.Module) -> bool:
     """Have ZeRO-3 gather all that lies in PEFT's wrappers of parameters together: it gathers for modules that are
-    called, and such a wrapper reads the weights of A and B without a call. To be called before the engine is made."""
+    called, and such a wrapper reads the weights of A and B without a call. To be called before the engine is made.
+
+    Returns whether there are such wrappers."""
     from deepspeed.utils import set_z3_leaf_module
 
-    for module in model.modules():
-        if hasattr(module, "parameter_name"):
-            set_z3_leaf_module(module, True)
+    wrappers = [module for module in model.modules() if hasattr(module, "parameter_name")]
+    for module in wrappers:
+        set_z3_leaf_module(module, True)
+    return bool(wrappers)
 
 
 @contextlib.contextmanager

@@ -119,8 +119,8 @@ def skeleton(path: str, revision: str | None) -> Any:
 
 
 def may_be_in_pieces(model: ModelInput) -> bool:
-    """Whether ZeRO-3 may partition it while it is read: packed weights are unpacked whole, and of a block of
-    experts that is gathered as a whole no part can be looked at by itself. Such models are partitioned afterwards."""
+    """Whether ZeRO-3 may partition it while it is read: packed weights are unpacked whole, and of a block of experts
+    that is gathered as a whole no part can be looked at by itself. Such models are partitioned afterwards."""
     bare = skeleton(model.path, model.revision)
     return not check_packing(model.path, bare.config) and not expert_parameters(bare)
 

@@ -23,7 +23,7 @@ from recovery.learner import compile_layers, make_learner
 from recovery.measure import HeldOut
 from recovery.models import check_training_path, checkpoint_activations, device, head_of, load_model, share_equal
 from recovery.partition import gather_with_adapters, held_bytes, partitioned_loading, shape_bytes
-from recovery.placement import expert_parameters, may_be_in_pieces
+from recovery.placement import may_be_in_pieces
 from recovery.teacher import OnlineTeacher, TeacherSignal
 from recovery.texts import read_texts
 from recovery.tracking import Tracker
@@ -120,8 +120,7 @@ def set_up(job: TrainJob, folder: Path, rank: int, ranks: int, tracker: Tracker)
         raise UserError("train.deepspeed", found, "use zero1 or zero2, or leave the head alone")
     if not in_pieces:  # in what ZeRO-3 gathers as a whole no part runs by itself
         check_training_path(adapted, width, "models.degraded")
-    if is_zero3(job) and expert_parameters(degraded):
-        gather_with_adapters(adapted)
+    if is_zero3(job) and gather_with_adapters(adapted):
         degraded.enable_input_require_grads()  # else the first of them are let go before their gradients are made
     engine = Engine(student, job)
     if in_pieces:
