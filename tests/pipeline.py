@@ -10,10 +10,13 @@ from launch.cluster import Cluster
 from launch.recipe import Recipe
 from launch.resolve import check_models, resolve_names
 from launch.stages import Stage, build_stages
+from recovery.config import ModelInput
 from recovery.corpus import Tokens
 from recovery.files import HashMemory
 from recovery.measure import Measurement, measure_on, remember
+from recovery.models import load_model
 from recovery.stage import build
+from recovery.vocabulary import load_vocabulary, used_width
 
 LOCAL = Cluster(name="test", device="cpu")
 
@@ -72,6 +75,15 @@ def tiny_recipe(reference: Path, data_dir: Path, **changes: Any) -> Recipe:
         else:
             content[section] = fields
     return Recipe.model_validate({key: value for key, value in content.items() if value is not None})
+
+
+def model_at(folder: Path) -> Any:
+    return load_model(ModelInput(path=str(folder), digest=""), "float32")
+
+
+def width_of(folder: Path) -> int:
+    vocabulary = load_vocabulary(str(folder))
+    return used_width(vocabulary, vocabulary)
 
 
 def measure(

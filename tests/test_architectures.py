@@ -21,7 +21,7 @@ from recovery.models import causal_lm, check_training_path, final_hidden, head_o
 from recovery.placement import select
 from recovery.vocabulary import load_vocabulary, used_width
 from tests.conftest import ARCHITECTURES, make_config
-from tests.pipeline import make_benchmarks, measure, run_in_process, tiny_recipe
+from tests.pipeline import make_benchmarks, measure, model_at, run_in_process, tiny_recipe, width_of
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +34,6 @@ def runs(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> d
         kind: run_in_process(tiny_recipe(models[kind], data, adapter={"rank": ranks.get(kind, 32)}), folder / kind)
         for kind in ARCHITECTURES
     }
-
-
-def model_at(folder: Path) -> Any:
-    return load_model(ModelInput(path=str(folder), digest=""), "float32")
 
 
 def ids(width: int) -> torch.Tensor:
@@ -131,10 +127,9 @@ def test_the_adapter_reproduces_the_scored_kl(runs: dict[str, dict[str, Path]], 
 
     folders = runs[kind]
     adapted: Any = PeftModel.from_pretrained(model_at(folders["degrade"]), folders["train"])
-    reference_folder = json.loads((folders["train"] / "manifest.json").read_text())["job"]["reference"]["path"]
-    vocabulary = load_vocabulary(reference_folder)
+    reference_folder = Path(json.loads((folders["train"] / "manifest.json").read_text())["job"]["reference"]["path"])
     text = read_split(folders["generate"], "held_out")
-    found = measure(adapted, model_at(Path(reference_folder)), text, used_width(vocabulary, vocabulary), 320, "")
+    found = measure(adapted, model_at(reference_folder), text, width_of(reference_folder), 320, "")
     scored = json.loads((folders["report"] / "summary.json").read_text())["kl"]["recovered"]
     assert found.kl == pytest.approx(scored, rel=1e-4)
 

@@ -11,12 +11,10 @@ import torch
 
 import recovery.train
 from datagen.labelled import ids_of, turns_of
-from recovery.config import ModelInput
 from recovery.corpus import read_split
 from recovery.errors import UserError
-from recovery.models import load_model
 from recovery.stage import build
-from tests.pipeline import job_of, make_benchmarks, measure, run_in_process, tiny_recipe
+from tests.pipeline import job_of, make_benchmarks, measure, model_at, run_in_process, tiny_recipe
 
 WHOLE = {"parameters": "all", "learning_rate": 2e-3, "epochs": 6}
 
@@ -44,10 +42,7 @@ def test_all_parameters_learn_and_a_whole_model_comes_out(
 ):
     folders = run_in_process(tiny_recipe(models[kind], data, train=WHOLE), tmp_path)
     train, summary = folders["train"], json.loads((folders["report"] / "summary.json").read_text())
-    reference, degraded, recovered = (
-        load_model(ModelInput(path=str(path), digest=""), "float32")
-        for path in (models[kind], folders["degrade"], train)
-    )
+    reference, degraded, recovered = (model_at(path) for path in (models[kind], folders["degrade"], train))
     assert summary["trainable_parameters"] == sum(parameter.numel() for parameter in recovered.parameters())
     assert summary["kl"]["recovered"] < 0.7 * summary["kl"]["degraded"]
     # What was scored is what lies there, for plain transformers.
@@ -116,7 +111,7 @@ def test_fine_tuning_learns_labelled_text_and_is_measured_on_synthetic_text(
     measured = [json.loads(line) for line in (folders["train"] / "held_out.jsonl").read_text().splitlines()]
     held_out = read_split(folders["generate"], "held_out")
     assert min(line["kl"] for line in measured if line["split"] == "held_out") < measured[0]["kl"]
-    both = (load_model(ModelInput(path=str(at), digest=""), "float32") for at in (folders["degrade"], models["llama"]))
+    both = (model_at(at) for at in (folders["degrade"], models["llama"]))
     degraded, reference = both
     expected = measure(degraded, reference, held_out, reference.config.vocab_size, 256, "")
     assert measured[0]["kl"] == pytest.approx(expected.kl, rel=1e-4)

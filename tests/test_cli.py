@@ -18,7 +18,7 @@ from recovery.artifacts import alone
 from recovery.errors import UserError
 from recovery.files import write_atomic
 from tests.conftest import REPOSITORY, make_model
-from tests.pipeline import make_benchmarks, run_in_process, tiny_recipe
+from tests.pipeline import make_benchmarks, model_at, run_in_process, tiny_recipe
 
 
 @pytest.fixture
@@ -264,9 +264,7 @@ def test_missing_tensors_are_not_replaced_by_random_ones(tiny: Path, tmp_path: P
     """A package that lost a tensor is what this program is for: it must say so, not repair random weights."""
     from safetensors.torch import load_file, save_file
 
-    from recovery.config import ModelInput
     from recovery.errors import UserError
-    from recovery.models import load_model
 
     model = shutil.copytree(tiny, tmp_path / "model")
     weights = load_file(model / "model.safetensors")
@@ -274,7 +272,7 @@ def test_missing_tensors_are_not_replaced_by_random_ones(tiny: Path, tmp_path: P
     del weights[name]
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=f"1 tensors are missing or misshapen, first: {name}"):
-        load_model(ModelInput(path=str(model), digest=""), "float32")
+        model_at(model)
 
 
 def test_the_kinds_of_teacher_are_compared_before_anything_is_made(

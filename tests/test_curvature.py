@@ -27,8 +27,8 @@ from recovery.models import check_training_path, final_hidden, head_of
 from recovery.stage import build
 from recovery.survey import token_weights
 from tests.conftest import ARCHITECTURES
-from tests.pipeline import job_of, measure, tiny_recipe
-from tests.test_repair import CPU, model_at, repair_with, width_of
+from tests.pipeline import job_of, measure, model_at, tiny_recipe, width_of
+from tests.test_repair import CPU, repair_with
 
 Prepared = tuple[Path, Path, Path]
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from eval.scoring import ChoiceScorer, Question, batch_of, scored
 from tests.conftest import ARCHITECTURES
+from tests.pipeline import model_at
 
 WORDS = [
     "the",
@@ -59,11 +60,7 @@ def requests() -> list[Any]:
 def load(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
-    from recovery.config import ModelInput
-    from recovery.models import load_model
-
-    model = load_model(ModelInput(path=str(folder), digest=""), "float32")
-    return model, AutoTokenizer.from_pretrained(folder)
+    return model_at(folder), AutoTokenizer.from_pretrained(folder)
 
 
 def harness(model: Any, tokenizer: Any) -> Any:

@@ -14,13 +14,13 @@ from transformers import AfmoeConfig, AfmoeForCausalLM
 
 from recovery.adapters import adapted_modules, adapter_parameters, add_adapter, load_adapter, save_adapter
 from recovery.config import Adapter
+from recovery.corpus import read_split
 from recovery.costs import weigh
 from recovery.limits import adapted_names
 from recovery.placement import check_adapter, expert_parameters, select
-from tests.pipeline import make_benchmarks, measure, run_in_process, tiny_recipe
+from tests.pipeline import make_benchmarks, measure, model_at, run_in_process, tiny_recipe, width_of
 from tests.test_curvature import text_of
 from tests.test_deliver import deliver
-from tests.test_repair import model_at, width_of
 
 KINDS = ("mixtral", "deepseek_v3", "qwen2_moe")
 DAMAGE = {"kind": "gaussian_noise", "relative_std": 0.5, "modules": ["experts.gate_up_proj", "experts.down_proj"]}
@@ -35,6 +35,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A runs folder of each kind, where tests share what they have in common."""
     return {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
+
+
+def merged_as_scored(base: Any, reference: Any, done: dict[str, Path]) -> Any:
+    """The base after plain PEFT has merged what was trained into it, which measures as the adapter was scored."""
+    adapted: Any = PeftModel.from_pretrained(base, done["train"])
+    merged = adapted.merge_and_unload()
+    found = measure(merged, reference, read_split(done["generate"], "held_out"), width_of(done["degrade"]), 512, "")
+    summary = json.loads((done["report"] / "summary.json").read_text())
+    assert found.kl == pytest.approx(summary["kl"]["recovered"], rel=1e-3)
+    return merged
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -136,14 +146,10 @@ def test_trained_experts_merge_into_the_weights(models: dict[str, Path], data: P
     assert summary["kl"]["recovery"] >= 0.25  # from zero on 2000 tokens, which the closed form does not need
     base = model_at(done["degrade"])
     before = {name: parameter.clone() for name, parameter in expert_parameters(base).items()}
-    adapted: Any = PeftModel.from_pretrained(base, done["train"])
-    merged = adapted.merge_and_unload()
+    merged = merged_as_scored(base, model_at(models[kind]), done)
     changed = expert_parameters(merged)
     assert set(changed) == set(before)
     assert all(not torch.equal(changed[name], before[name]) for name in before)
-    tokens = text_of((models[kind], data, runs[kind]), "held_out")
-    found = measure(merged, model_at(models[kind]), tokens, width_of(models[kind]), 512, "")
-    assert found.kl == pytest.approx(summary["kl"]["recovered"], rel=1e-3)
     assert any("experts" in name for name in load_file(done["train"] / "adapter_model.safetensors"))
 
 
@@ -164,12 +170,7 @@ def test_shared_experts_and_dense_layers_are_repaired_trained_and_merged(
     assert damaged <= adapted_modules(done["train"])
     before, after = [json.loads(line)["kl"] for line in (done["repair"] / "held_out.jsonl").read_text().splitlines()]
     assert after < 0.5 * before
-    merged: Any = PeftModel.from_pretrained(model_at(done["degrade"]), done["train"])
-    merged = merged.merge_and_unload()
-    tokens = text_of((models[kind], data, runs[kind]), "held_out")
-    found = measure(merged, reference, tokens, width_of(models[kind]), 512, "")
-    summary = json.loads((done["report"] / "summary.json").read_text())
-    assert found.kl == pytest.approx(summary["kl"]["recovered"], rel=1e-3)
+    merged_as_scored(model_at(done["degrade"]), reference, done)
 
 
 def test_adapters_of_one_layer_are_not_read_into_others(models: dict[str, Path], tmp_path: Path):

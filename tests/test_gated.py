@@ -9,17 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recovery.config import ModelInput
 from recovery.gated import use_gated_products
-from recovery.models import load_model
 from tests.conftest import ARCHITECTURES
+from tests.pipeline import model_at
 
 OTHERS = ("phi3", "mixtral")
 """Gate and up in one matrix; experts."""
 
 
 def an_mlp(models: dict[str, Path], kind: str) -> Any:
-    model = load_model(ModelInput(path=str(models[kind]), digest=""), "float32").double()
+    model = model_at(models[kind]).double()
     mlp = model.get_decoder().layers[0].mlp.requires_grad_(True)
     return getattr(mlp, "shared_expert", mlp)
 

@@ -14,12 +14,10 @@ from scipy import stats
 import datagen.generate
 from datagen.embedded import EmbeddedEngine, draw
 from datagen.sampling import SamplingPlan, bos_id, eligible_ids
-from recovery.config import ModelInput
 from recovery.corpus import read_rows
-from recovery.models import load_model
 from recovery.stage import build
 from tests.conftest import ARCHITECTURES, WITH_BOS, make_tokenizer
-from tests.pipeline import job_of, make_benchmarks, tiny_recipe
+from tests.pipeline import job_of, make_benchmarks, model_at, tiny_recipe
 
 
 def generate(model: Path, runs: Path, **settings: Any) -> list[dict[str, Any]]:
@@ -36,7 +34,7 @@ def generate(model: Path, runs: Path, **settings: Any) -> list[dict[str, Any]]:
 def test_the_first_tokens_are_the_greedy_continuation(kind: str, models: dict[str, Path], tmp_path: Path):
     """Against transformers' own generate, one sample at a time."""
     rows = generate(models[kind], tmp_path / "runs")
-    model = load_model(ModelInput(path=str(models[kind]), digest=""), "float32")
+    model = model_at(models[kind])
     prefix = 1 if kind in WITH_BOS else 0
     checked = 0
     for row in rows:
@@ -132,7 +130,7 @@ def test_what_another_corpus_holds_is_taken_from_there(tiny: Path, tmp_path: Pat
 
 def test_samples_do_not_depend_on_when_others_end(tiny: Path):
     """Rows that end early leave the batch; those that go on must not notice."""
-    model = load_model(ModelInput(path=str(tiny), digest=""), "float32")
+    model = model_at(tiny)
     from datagen.config import Generate
 
     settings = Generate(max_length=30, samples=1)

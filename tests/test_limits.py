@@ -20,8 +20,7 @@ from recovery.corpus import read_split
 from recovery.errors import Unavailable
 from recovery.limits import Limits, limits_of, put_right
 from recovery.stage import LAST_WORDS
-from tests.pipeline import job_of, make_benchmarks, measure, run_in_process, tiny_recipe
-from tests.test_repair import model_at, width_of
+from tests.pipeline import job_of, make_benchmarks, measure, model_at, run_in_process, tiny_recipe, width_of
 
 
 def written(recipe: Recipe, folder: Path) -> tuple[Path, Recipe]:

@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from recovery.config import ModelInput
 from recovery.corpus import Tokens
-from recovery.models import load_model
-from tests.pipeline import measure
+from tests.pipeline import measure, model_at
 
 
 def test_every_sample_has_its_own_kl(tiny: Path):
-    model, reference = (load_model(ModelInput(path=str(tiny), digest=""), "float32") for _ in range(2))
+    model, reference = (model_at(tiny) for _ in range(2))
     with torch.no_grad():
         model.model.layers[0].self_attn.v_proj.weight.mul_(0.5)
     lengths = np.array([5, 17, 1, 9, 30])

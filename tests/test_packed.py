@@ -16,15 +16,13 @@ from launch.diagnose import diagnose
 from launch.models import resolve_model
 from launch.recipe import Recipe
 from recovery.adapters import load_adapter
-from recovery.config import ModelInput
 from recovery.corpus import read_split
 from recovery.errors import UserError
 from recovery.files import HashMemory
-from recovery.models import load_model
 from recovery.vocabulary import load_vocabulary, used_width
 from tests.conftest import make_model
 from tests.packed import write_fp8, write_gguf, write_integers, write_nf4
-from tests.pipeline import job_of, make_benchmarks, measure, run_in_process, tiny_recipe
+from tests.pipeline import job_of, make_benchmarks, measure, model_at, run_in_process, tiny_recipe
 
 KINDS = ("fp8", "nf4", "gguf", "gptq", "awq")
 
@@ -48,10 +46,6 @@ def packed(reference: Path) -> dict[str, tuple[Path, dict[str, Tensor]]]:
     }
 
 
-def load(path: Path) -> Any:
-    return load_model(ModelInput(path=str(path), digest=""), "float32")
-
-
 def repair_recipe(reference: Path, degraded: Path, data: Path, train: dict[str, Any]) -> Recipe:
     return tiny_recipe(
         reference,
@@ -66,7 +60,7 @@ def repair_recipe(reference: Path, degraded: Path, data: Path, train: dict[str, 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_unpacked_to_what_they_stand_for(packed: dict[str, tuple[Path, dict[str, Tensor]]], kind: str):
     path, meant = packed[kind]
-    found = dict(load(path).named_parameters())
+    found = dict(model_at(path).named_parameters())
     assert all(weight.dtype == torch.float32 for weight in found.values())
     assert {name: weight.shape for name, weight in meant.items()}.items() <= {
         name: weight.shape for name, weight in found.items()
@@ -81,7 +75,7 @@ def test_an_unpacked_model_gives_the_packed_ones_logits(packed: dict[str, tuple[
     path, _ = packed["nf4"]
     ids = torch.arange(3, 40)[None]
     own: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    torch.testing.assert_close(load(path)(ids).logits, own(ids).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model_at(path)(ids).logits, own(ids).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS[:-1])  # AWQ is loaded as GPTQ is
@@ -114,13 +108,13 @@ def test_the_adapter_fits_the_packed_base(
             # Its kernel for processors with AVX-512 bfloat16 rounds to bfloat16 and takes no width of 96.
             module.support_avx512bf16_for_cpu = False
     adapted = PeftModel.from_pretrained(base, folders["repair"]).eval()
-    ours = load_adapter(load(path), folders["repair"])
+    ours = load_adapter(model_at(path), folders["repair"])
     ids = torch.arange(3, 40)[None]
     torch.testing.assert_close(adapted(ids).logits, ours(ids).logits, rtol=1e-4, atol=1e-4)
     width = used_width(load_vocabulary(str(reference)), load_vocabulary(str(path)))
     lines = (folders["repair"] / "held_out.jsonl").read_text().splitlines()
     held_out = read_split(folders["generate"], "held_out")
-    assert measure(ours, load(reference), held_out, width, 256, "").kl == pytest.approx(
+    assert measure(ours, model_at(reference), held_out, width, 256, "").kl == pytest.approx(
         json.loads(lines[-1])["kl"], rel=1e-3
     )
 
@@ -152,9 +146,9 @@ def test_a_gguf_file_is_known_by_its_content(packed: dict[str, tuple[Path, dict[
 def test_what_is_saved_again_is_not_packed_again(
     packed: dict[str, tuple[Path, dict[str, Tensor]]], tmp_path: Path, kind: str
 ):
-    model = load(packed[kind][0])
+    model = model_at(packed[kind][0])
     model.save_pretrained(tmp_path / "saved")
-    again = dict(load(tmp_path / "saved").named_parameters())
+    again = dict(model_at(tmp_path / "saved").named_parameters())
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
     for name, weight in model.named_parameters():
         assert torch.equal(again[name], weight), name
@@ -212,7 +206,7 @@ def test_what_cannot_be_unpacked_is_refused_at_once(models: dict[str, Path], ref
 )
 def test_gptq_of_every_width(reference: Path, tmp_path: Path, bits: int, more: dict[str, Any]):
     meant = write_integers(reference, tmp_path / "packed", "gptq", bits, **more)
-    found = dict(load(tmp_path / "packed").named_parameters())
+    found = dict(model_at(tmp_path / "packed").named_parameters())
     assert len(meant) == 14
     for name, weight in meant.items():
         assert torch.equal(found[name], weight), name
@@ -220,7 +214,7 @@ def test_gptq_of_every_width(reference: Path, tmp_path: Path, bits: int, more: d
 
 def test_experts_packed_one_by_one_are_put_together(models: dict[str, Path], tmp_path: Path):
     meant = write_integers(models["mixtral"], tmp_path / "gptq", "gptq")
-    experts = load(tmp_path / "gptq").model.layers[0].mlp.experts
+    experts = model_at(tmp_path / "gptq").model.layers[0].mlp.experts
     first = "model.layers.0.block_sparse_moe.experts.0"
     assert torch.equal(experts.gate_up_proj[0], torch.cat([meant[f"{first}.{part}.weight"] for part in ("w1", "w3")]))
     assert torch.equal(experts.down_proj[0], meant[f"{first}.w2.weight"])
@@ -240,4 +234,4 @@ def test_parts_that_fit_no_packed_matrix_are_named(reference: Path, tmp_path: Pa
         stored = {name: tensor for name, tensor in (whole | change).items() if name != gone}
         save_file(stored, file, metadata={"format": "pt"})
         with pytest.raises(UserError, match=found):
-            load(tmp_path / "awq")
+            model_at(tmp_path / "awq")

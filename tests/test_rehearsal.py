@@ -11,11 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from recovery.adapters import adapter_parameters, add_adapter
 from recovery.config import Adapter, ModelInput, SparseLogitsTeacher, Train
 from recovery.loss import distill
-from recovery.models import check_training_path, final_hidden, head_of, load_model
+from recovery.models import check_training_path, final_hidden, head_of
 from recovery.placement import skeleton
 from recovery.rehearsal import Case, Rehearsal, _batch, pace, rehearse, with_adapter
 from recovery.tape import Work
 from recovery.targets import DenseTargets
+from tests.pipeline import model_at
 
 LENGTHS = (24, 17, 9)
 
@@ -43,9 +44,8 @@ def test_a_budget_that_goes_where_it_counts_is_rehearsed_as_large(models: dict[s
 def test_what_is_rehearsed_is_what_runs(models: dict[str, Path], name: str):
     adapter = Adapter(placement="attention_mlp", rank=4)
     expected = rehearsed(models[name], adapter)
-    given = ModelInput(path=str(models[name]), digest="")
-    reference = load_model(given, "float32")
-    adapted = add_adapter(load_model(given, "float32"), adapter, 0)
+    reference = model_at(models[name])
+    adapted = add_adapter(model_at(models[name]), adapter, 0)
     width = int(reference.config.get_text_config().vocab_size)
     for model in (reference, adapted):
         check_training_path(model, width, "model")
@@ -78,7 +78,7 @@ def test_what_is_rehearsed_is_what_runs(models: dict[str, Path], name: str):
 def test_every_architecture_can_be_rehearsed(models: dict[str, Path]):
     for name, model in models.items():
         found = rehearsed(model, Adapter(placement="kv", rank=2))
-        own = load_model(ModelInput(path=str(model), digest=""), "float32")
+        own = model_at(model)
         assert found.student.total == sum(parameter.nbytes for parameter in own.parameters()), name
         assert found.kept > 0
         assert found.backward.work.flops > 0.7 * found.forward.work.flops, name

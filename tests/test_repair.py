@@ -26,24 +26,14 @@ from recovery.config import ModelInput
 from recovery.corpus import read_split
 from recovery.errors import Unavailable, UserError
 from recovery.layerwise import begin, end, layers_of, on_device, output_of
-from recovery.models import check_training_path, final_hidden, load_model
+from recovery.models import check_training_path, final_hidden
 from recovery.stage import build
 from recovery.survey import differing
-from recovery.vocabulary import load_vocabulary, used_width
 from tests.conftest import ARCHITECTURES, REPOSITORY
-from tests.pipeline import job_of, make_benchmarks, measure, run_in_process, tiny_recipe
+from tests.pipeline import job_of, make_benchmarks, measure, model_at, run_in_process, tiny_recipe, width_of
 
 SEQUENTIAL = {"init": "closed_form_sequential", "rank": 8}
 CPU = torch.device("cpu")
-
-
-def model_at(folder: Path) -> Any:
-    return load_model(ModelInput(path=str(folder), digest=""), "float32")
-
-
-def width_of(folder: Path) -> int:
-    vocabulary = load_vocabulary(str(folder))
-    return used_width(vocabulary, vocabulary)
 
 
 def repair_with(prepared: tuple[Path, Path, Path], runs: Path, adapter: dict[str, Any]) -> Path:

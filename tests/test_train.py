@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,74 +21,14 @@ from recovery.corpus import read_split
 from recovery.deepspeed_config import FOLDER
 from recovery.engine import start_distributed
 from recovery.errors import Unavailable, UserError
-from recovery.models import checkpoint_activations, load_model
+from recovery.models import checkpoint_activations
 from recovery.stage import build
 from recovery.tracking import Tracker
 from recovery.train import checkpoint_steps
-from recovery.training_run import Run, is_zero3, learning_rates, set_up, steps_below_the_peak
-from recovery.vocabulary import load_vocabulary, used_width
+from recovery.training_run import learning_rates, set_up, steps_below_the_peak
 from recovery.watch import advice, advice_on_warmup
-from tests.conftest import REPOSITORY
-from tests.pipeline import job_of, make_benchmarks, measure, run_in_process, tiny_recipe
-
-SHORT = {"epochs": 2, "checkpoint_every": 5, "evaluate_every": 6}
-
-
-def model_at(folder: Path) -> Any:
-    return load_model(ModelInput(path=str(folder), digest=""), "float32")
-
-
-def width_of(folder: Path) -> int:
-    vocabulary = load_vocabulary(str(folder))
-    return used_width(vocabulary, vocabulary)
-
-
-def partitioned(folder: Path) -> str:
-    """A DeepSpeed file under which tiny tensors too are held in pieces."""
-    path = folder / "partitioned.json"
-    stage = {"stage": 3, "stage3_param_persistence_threshold": 0}
-    path.write_text(json.dumps({"zero_optimization": stage}))
-    return str(path)
-
-
-class Killed(BaseException):
-    """Stands for the end of the process: nothing may handle it."""
-
-
-def train_with(
-    prepared: tuple[Path, Path, Path],
-    runs: Path,
-    stop_after: int | None,
-    dtype: str = "float32",
-    sigterm_at: int | None = None,
-    **train: Any,
-) -> Path:
-    """Train in a copy of the prepared runs.
-
-    stop_after: end the process, as it were, after that many steps; sigterm_at: send it SIGTERM in the step after these.
-    """
-    model, data, source = prepared
-    if not runs.exists():
-        shutil.copytree(source, runs)
-    job = job_of(tiny_recipe(model, data, train={**SHORT, **train}), runs, "train")
-    job = job.model_copy(update={"dtype": dtype})
-    real = recovery.train.train_step
-
-    def step(run: Run, number: int, feed: Iterator[Any]) -> None:
-        if number == stop_after:
-            raise Killed
-        if number == sigterm_at:
-            signal.raise_signal(signal.SIGTERM)
-        real(run, number, feed)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recovery.train, "train_step", step)
-        return build(job, recovery.train.produce, resumable=True)
-
-
-def losses(folder: Path) -> list[tuple[int, float, float]]:
-    lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+from tests.pipeline import job_of, make_benchmarks, measure, model_at, run_in_process, tiny_recipe, width_of
+from tests.training import Killed, losses, partitioned, train_with
 
 
 @pytest.mark.parametrize(
@@ -228,8 +162,6 @@ def test_an_adapter_on_a_tied_head_is_refused(models: dict[str, Path], tmp_path:
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path):
-    import torch
-
     for step in (1, 2, 3):
         save_checkpoint(tmp_path / "c", step, {"weight/a": torch.full((3,), float(step))})
     assert sorted(path.name for path in (tmp_path / "c").glob("*.safetensors")) == [
@@ -247,7 +179,6 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path):
 def test_a_corpus_of_another_vocabulary_is_refused(
     prepared: tuple[Path, Path, Path], models: dict[str, Path], tmp_path: Path
 ):
-    from recovery.config import ModelInput
 
     _, data, runs = prepared
     job = job_of(tiny_recipe(models["llama"], data), runs, "train")
@@ -330,79 +261,3 @@ def test_training_that_never_helps_delivers_nothing(prepared: tuple[Path, Path, 
     with pytest.raises(Unavailable, match="no adapter is delivered"):
         train_with(prepared, tmp_path / "runs", None, learning_rate=30.0, warmup_steps=0, evaluate_every=1)
     assert not list((tmp_path / "runs" / "artifacts").glob("train-*"))
-
-
-def on_two_ranks(job: Any, folder: Path) -> None:
-    """Through torchrun."""
-    file = folder / "job.json"
-    file.write_text(job.to_json())
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    command = [*torchrun, "--module", "recovery.train", str(file)]
-    subprocess.run(command, check=True, cwd=REPOSITORY, env=environment, timeout=300)
-
-
-@pytest.mark.parametrize(
-    ("zero", "learns", "dtype"),
-    [
-        ("zero1", "adapters", "bfloat16"),
-        ("zero3", "adapters", "bfloat16"),
-        ("all of it partitioned", "adapters", "float32"),
-        ("zero2", "all", "float32"),
-    ],
-)
-def test_two_ranks_take_the_same_steps_as_one(
-    prepared: tuple[Path, Path, Path], tmp_path: Path, zero: str, learns: str, dtype: str
-):
-    """An odd number of micro-batches leaves one rank without one now and then."""
-    if not zero.startswith("zero"):
-        zero = partitioned(tmp_path)
-    settings: dict[str, Any] = {"epochs": 1, "batch_tokens": 320, "micro_batch_tokens": 160, "deepspeed": zero}
-    settings |= {"parameters": learns, "learning_rate": 1e-2 if learns == "adapters" else 1e-3}
-    alone = train_with(prepared, tmp_path / "a", None, dtype, **settings)
-    model, data, source = prepared
-    shutil.copytree(source, tmp_path / "b")
-    job = job_of(tiny_recipe(model, data, train={**SHORT, **settings}), tmp_path / "b", "train")
-    job = job.model_copy(update={"dtype": dtype})
-    on_two_ranks(job, tmp_path)
-    for one, other in zip(losses(job.runtime.output), losses(alone), strict=True):
-        assert one == pytest.approx(other, rel=1e-3)
-    details = json.loads((job.runtime.output / "manifest.json").read_text())["details"]
-    assert details["ranks"] == 2
-    metrics = [json.loads(line) for line in (job.runtime.output / "metrics.jsonl").read_text().splitlines()]
-    shares = [line["perf/communication_share"] for line in metrics if "perf/communication_share" in line]
-    assert len(shares) == 1
-    assert 0 < shares[0] < 1
-    if "zero3" in zero or zero.endswith(".json"):
-        said = re.search(r"in pieces: ([0-9.]+) of the student's ([0-9.]+) MB", job.runtime.log.read_text())
-        assert said is not None
-        held, whole = map(float, said.groups())
-        # Tensors below ZeRO-3's threshold are whole on each rank; of tiny models these are nearly all.
-        assert held < 0.6 * whole if zero.endswith(".json") else held <= whole
-
-
-@pytest.mark.parametrize(("kind", "checkpointing"), [("qwen2_moe", False), ("deepseek_v3", True)])
-def test_experts_held_in_pieces_take_the_same_steps(
-    models: dict[str, Path], tmp_path: Path, kind: str, checkpointing: bool
-):
-    """DeepSpeed gathers a Qwen-MoE's block of experts as one whole, and knows nothing of DeepSeek's. What the first
-    layer's is given needs no gradient."""
-    modules = ["gate_proj", "up_proj", "down_proj"]
-    recipe = tiny_recipe(
-        models[kind],
-        make_benchmarks(tmp_path / "data"),
-        degrade={"kind": "gaussian_noise", "relative_std": 0.5, "modules": modules},
-        adapter={"placement": modules, "rank": 8},
-        train={**SHORT, "epochs": 1, "batch_tokens": 320, "micro_batch_tokens": 160, "learning_rate": 1e-2},
-    )
-    run_in_process(recipe, tmp_path / "runs", until="contexts")
-    job = job_of(recipe, tmp_path / "runs", "train").model_copy(update={"dtype": "float32"})
-    alone = build(job, recovery.train.produce, resumable=True)
-    pieces = json.loads(Path(partitioned(tmp_path)).read_text())
-    runtime = job.runtime.model_copy(update={"output": alone.with_name("pieces")})
-    train = job.train.model_copy(update={"activation_checkpointing": checkpointing})
-    job = job.model_copy(update={"runtime": runtime, "train": train, "deepspeed": {**job.deepspeed, **pieces}})
-    assert is_zero3(job)
-    on_two_ranks(job, tmp_path)
-    for one, other in zip(losses(job.runtime.output), losses(alone), strict=True):
-        assert one == pytest.approx(other, rel=1e-3)
