@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 
 class AssetError(Exception):
@@ -37,19 +38,26 @@ def _unpack_zip(archive: Path, members: Mapping[str, str], into: Path) -> None:
         for name, path in _targets(archive, list(files), members, into).items():
             if stat.S_ISLNK(files[name].external_attr >> 16):
                 raise _leads_out(archive, name)
-            target = into / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with bundle.open(files[name]) as source, target.open("wb") as sink:
-                shutil.copyfileobj(source, sink)
+            with bundle.open(files[name]) as source:
+                _write(source, into / path)
 
 
 def _unpack_tar(archive: Path, members: Mapping[str, str], into: Path) -> None:
     with tarfile.open(archive) as bundle:
         files = {info.name: info for info in bundle if not info.isdir()}
         for name, path in _targets(archive, list(files), members, into).items():
-            if not files[name].isfile():
+            source = bundle.extractfile(files[name]) if files[name].isfile() else None
+            if source is None:
                 raise _leads_out(archive, name)
-            bundle.extract(files[name].replace(name=path), into, filter="data")
+            with source:
+                _write(source, into / path)
+
+
+def _write(source: IO[bytes], target: Path) -> None:
+    """Contents alone: owners, modes and times of an archive are nobody's here."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("wb") as sink:
+        shutil.copyfileobj(source, sink)
 
 
 def _targets(archive: Path, names: Sequence[str], members: Mapping[str, str], into: Path) -> dict[str, str]:
